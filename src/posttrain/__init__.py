@@ -1,0 +1,24 @@
+"""posttrain: post-training for language models. One recipe takes a base model to a better one, and shows that it is better."""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Threads that wait by spinning lose most of a machine that they share (docs/performance.md). OpenMP reads this when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from posttrain.api import evaluate, load, run, train
+    from posttrain.pipeline.recipe import Recipe
+
+_HOME = {"Recipe": "pipeline.recipe", "run": "api", "train": "api", "evaluate": "api", "load": "api"}
+
+__all__ = ["Recipe", "evaluate", "load", "run", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"posttrain has no {name!r}")
+    return getattr(import_module(f"posttrain.{_HOME[name]}"), name)

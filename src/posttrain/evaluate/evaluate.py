@@ -1,0 +1,131 @@
+"""Evaluation: what a policy does on a task, with intervals, and samples for people to read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from posttrain.component import Settings
+from posttrain.errors import RunError
+from posttrain.evaluate.intervals import Figure, average, pass_at, share
+from posttrain.sampling import Sampler, Sampling, sample
+from posttrain.text import Grade, Sample
+
+if TYPE_CHECKING:
+    from posttrain.data.render import Template
+    from posttrain.models.lm import LM
+    from posttrain.models.roles import Frozen
+    from posttrain.tasks import Task
+
+RIGHT = 1.0 - 1e-9  # a score from which an answer counts as right
+
+
+class Evaluation(Settings):
+    """How a policy is evaluated."""
+
+    samples: NonNegativeInt = 8
+    """Samples of each problem, for pass@1 (their mean) and pass@k. 0: greedy only."""
+    greedy: bool = True
+    """Also the likeliest answer to each problem."""
+    sampling: Sampling = Sampling()
+    """How samples are drawn. With a temperature other than 1, or a truncation, no KL is given."""
+    limit: PositiveInt | None = None
+    """Only the first so many problems."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures by name, and answers to read."""
+
+    figures: dict[str, Figure]
+    answers: tuple[dict[str, Any], ...]
+    failures: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: figure.as_dict() for name, figure in self.figures.items()}
+
+
+def evaluate(
+    policy: "LM",
+    template: "Template",
+    task: "Task",
+    plan: Evaluation,
+    seed: int = 0,
+    sampler: Sampler | None = None,
+    reference: "Frozen | None" = None,
+    address: tuple[int | str, ...] = ("evaluate",),
+) -> Report:
+    """Figures: pass@1 and score over samples, pass@k, greedy, length (tokens), ended (share that ended by itself), and
+    kl (nats an answer, to `reference`, estimated from the samples). Raises RunError where nothing could be graded."""
+    from posttrain.sampling import InProcess
+
+    sampler = sampler or InProcess()
+    problems = task.problems()[: plan.limit]
+    figures: dict[str, Figure] = {}
+    graded: list[tuple[Sample, Grade]] = []
+    greedy: list[tuple[Sample, Grade]] = []
+    if plan.samples:
+        drawn = sample(sampler, policy, template, problems, plan.samples, plan.sampling, seed, address)
+        graded = list(zip(drawn, task.grader.grade_all(drawn), strict=True))
+        figures |= sampled_figures(graded, plan.samples)
+        if reference is not None and plan.sampling.temperature == 1.0 and not plan.sampling.truncates:
+            figures["kl"] = divergence(drawn, reference)
+    if plan.greedy:
+        likeliest = plan.sampling.model_copy(update={"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
+        drawn = sample(sampler, policy, template, problems, 1, likeliest, seed, (*address, "greedy"))
+        greedy = list(zip(drawn, task.grader.grade_all(drawn), strict=True))
+        figures["greedy"] = share([float(grade.score >= RIGHT) for _, grade in greedy if grade.score is not None])
+    failures = [grade.failure for _, grade in (*graded, *greedy) if grade.score is None]
+    if failures and len(failures) == len(graded) + len(greedy):
+        raise RunError(f"no answer could be graded: {failures[0]}")
+    return Report(figures, tuple(answer(*each) for each in greedy or graded), len(failures))
+
+
+def sampled_figures(graded: Sequence[tuple[Sample, Grade]], per_problem: int) -> dict[str, Figure]:
+    """Problem by problem, so that the intervals know that samples of one problem hang together. Failures are left out."""
+    right, scores, best, lengths, ended = [], [], [], [], []
+    for _, group in groupby(graded, key=lambda pair: pair[0].problem.id):
+        members = list(group)
+        lengths.append(sum(len(one.logp) for one, _ in members) / len(members))
+        ended.append(sum(one.stop == "end" for one, _ in members) / len(members))
+        found = [grade.score for _, grade in members if grade.score is not None]
+        if not found:
+            continue
+        hits = sum(score >= RIGHT for score in found)
+        right.append(hits / len(found))
+        scores.append(sum(found) / len(found))
+        if len(found) == per_problem:
+            best.append(pass_at(per_problem, hits, len(found)))
+    figures = {"pass@1": share(right), "score": average(scores), "length": average(lengths), "ended": share(ended)}
+    if per_problem > 1:
+        figures[f"pass@{per_problem}"] = share(best)
+    return figures
+
+
+def divergence(drawn: Sequence[Sample], reference: "Frozen") -> Figure:
+    """KL(policy || reference) in nats an answer: the mean over samples of log p - log p_reference, summed over their tokens."""
+    from posttrain import losses
+    from posttrain.batch import Sequences
+
+    seqs = Sequences.of([(one.tokens, one.sampled) for one in drawn])
+    other = losses.sequence_sums(reference.logprobs(seqs).cpu().double(), seqs.owner, seqs.count).tolist()
+    gaps = [sum(one.logp) - value for one, value in zip(drawn, other, strict=True)]
+    by_problem: dict[str, list[float]] = {}
+    for one, gap in zip(drawn, gaps, strict=True):
+        by_problem.setdefault(one.problem.id, []).append(gap)
+    return average([sum(each) / len(each) for each in by_problem.values()])
+
+
+def answer(one: Sample, grade: Grade) -> dict[str, Any]:
+    """An answer as people read it."""
+    asked = "\n".join(message.content for message in one.problem.prompt)
+    return {
+        "id": one.problem.id,
+        "prompt": asked,
+        "answer": one.problem.answer,
+        "text": one.text,
+        "score": grade.score,
+        "stop": one.stop,
+    }

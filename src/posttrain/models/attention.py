@@ -1,0 +1,192 @@
+"""Attention over a layout, for any transformers model, through its attention registry.
+
+While a plan is active (`attending`), every attention layer of the model calls `plan.attend(...)` with its queries, keys and
+values of one flat row. No mask is ever built by the model.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from posttrain.models.layout import Segment, Tree
+
+NAME = "posttrain"
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer turns queries and keys into weights. sinks: one extra logit per head that takes weight but has no value."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+class Plan(Protocol):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]"""
+        ...
+
+
+_plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
+
+
+@contextmanager
+def attending(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Within it, the model's attention layers follow `plan`."""
+    before = model.config._attn_implementation
+    token = _plan.set(plan)
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        _plan.reset(token)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    plan = _plan.get()
+    assert plan is not None, "this attention runs only inside `attending`"
+    assert dropout == 0.0, "attention dropout is always off"
+    if sliding_window is None and getattr(module, "is_sliding", False):
+        sliding_window = getattr(module, "sliding_window", None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return plan.attend(query, key, value, Scoring(scale, sliding_window, softcap, s_aux)), None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
+def recompute_context(model: PreTrainedModel) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """For torch's checkpointing: the backward recomputes a layer under the plan that its forward had."""
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        plan = _plan.get()
+        return nullcontext(), nullcontext() if plan is None else attending(model, plan)
+
+    return contexts
+
+
+class TreePlan:
+    """Causal attention over a tree: each token sees its segment up to itself, and the whole of its ancestors."""
+
+    def __init__(self, layout: Tree) -> None:
+        self.layout = layout
+        self.reach = max((part.depth + part.end - part.start for part in layout.segments), default=0)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        window_binds = scoring.window is not None and self.reach > scoring.window
+        plain = not window_binds and scoring.softcap is None and scoring.sinks is None
+        if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+            return _TreeFlash.apply(query, key, value, self.layout.segments, scoring.scale)
+        return self._by_segment(query, key, value, scoring)
+
+    def _by_segment(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Every segment against its own path from the root, under a mask of positions. For any kind of scoring."""
+        positions = self.layout.positions.to(query.device)
+        outputs = []
+        for part in self.layout.segments:
+            path = [(each.start, each.end) for each in self.layout.ancestors(part)]
+            keys = torch.cat([key[:, :, a:b] for a, b in path], 2)
+            values = torch.cat([value[:, :, a:b] for a, b in path], 2)
+            gap = positions[part.start : part.end, None] - torch.cat([positions[a:b] for a, b in path])[None]
+            allowed = gap >= 0 if scoring.window is None else (gap >= 0) & (gap < scoring.window)
+            outputs.append(weighted(query[:, :, part.start : part.end], keys, values, allowed, scoring))
+        return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def weighted(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scoring: Scoring) -> Tensor:
+    """Attention under a boolean mask; query [B, H, Q, D], key and value [B, K, S, D], allowed broadcastable to [B, 1, Q, S]."""
+    grouped = query.shape[1] != key.shape[1]
+    if scoring.softcap is None and scoring.sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scoring.scale, enable_gqa=grouped)
+    if grouped:
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    scores = scores.float().masked_fill(~allowed, float("-inf"))
+    if scoring.sinks is not None:
+        sink = scoring.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return torch.matmul(weights.to(value.dtype), value)
+
+
+class _TreeFlash(torch.autograd.Function):
+    """Flash attention per segment, merged by log-sum-exp; a shared prefix is read once for all its descendants.
+
+    Two kernel calls per segment: its own tokens, causally; and all its descendants against it, in one call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float) -> Tensor:
+        dtype, heads, repeat = value.dtype, query.shape[1], query.shape[1] // key.shape[1]
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        # bfloat16 flash builds kernels for every new length on a CPU: slower than float32
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
+        keys, values = (x if repeat == 1 else x.repeat_interleave(repeat, 1) for x in (key, value))
+        row = query.shape[2]
+        out = query.new_empty(1, row, heads, query.shape[-1]).transpose(1, 2)
+        lse = query.new_empty(1, row, heads).transpose(1, 2)
+        for part in segments:  # parents come before their children
+            own = slice(part.start, part.end)
+            out[:, :, own], lse[:, :, own] = _flash(query[:, :, own], keys[:, :, own], values[:, :, own], 0.0, True, scale=scale)
+        for part in segments:
+            if part.tree_end > part.end:
+                own, below = slice(part.start, part.end), slice(part.end, part.tree_end)
+                seen, weight = _flash(query[:, :, below], keys[:, :, own], values[:, :, own], 0.0, False, scale=scale)
+                before = lse[:, :, below]
+                share = torch.sigmoid(weight - before).unsqueeze(-1).to(out.dtype)
+                out[:, :, below] = torch.lerp(out[:, :, below], seen, share)
+                lse[:, :, below] = torch.logaddexp(weight, before)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.scale, ctx.repeat = segments, scale, repeat
+        return out.transpose(1, 2).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        keys, values = (x if ctx.repeat == 1 else x.repeat_interleave(ctx.repeat, 1) for x in (key, value))
+        grad = grads[0].to(query.dtype).transpose(1, 2).contiguous()
+        d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(keys), torch.zeros_like(values)
+
+        def add(of: slice, to: slice, causal: bool) -> None:
+            parts = _flash_backward(
+                grad[:, :, of], query[:, :, of], keys[:, :, to], values[:, :, to], out[:, :, of], lse[:, :, of], 0.0, causal,
+                scale=ctx.scale,
+            )  # fmt: skip
+            d_query[:, :, of] += parts[0]
+            d_key[:, :, to] += parts[1]
+            d_value[:, :, to] += parts[2]
+
+        for part in ctx.segments:
+            own = slice(part.start, part.end)
+            add(own, own, True)
+            if part.tree_end > part.end:
+                add(slice(part.end, part.tree_end), own, False)
+        if ctx.repeat > 1:
+            d_key, d_value = (x.unflatten(1, (-1, ctx.repeat)).sum(2) for x in (d_key, d_value))
+        return d_query, d_key, d_value, None, None

@@ -1,0 +1,181 @@
+"""The vocabulary projection: the one place where logits meet labels.
+
+It runs at trained positions only, a chunk of rows at a time: [N, V] never exists. Arithmetic is float32 (float64 for float64
+models) whatever the model's dtype.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1 << 22  # logits held at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a model does to its raw logits: multiply, then soft-cap (cap * tanh(z / cap)); the temperature divides last."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        text = config.get_text_config()
+        scale = getattr(text, "logit_scale", None) or 1.0
+        scale /= getattr(text, "logits_scaling", None) or 1.0
+        return cls(float(scale), getattr(text, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def rows_at_a_time(vocabulary: int) -> int:
+    return max(16, CHUNK // vocabulary)
+
+
+def is_plain(head: nn.Module) -> bool:
+    """A linear layer with nothing on or around it: its gradient can be written down."""
+    return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+
+
+class _LinearLogProb(torch.autograd.Function):
+    """logp[n] = log softmax(shape(hidden[n] W^T + b) / temperature)[target[n]], and their weighted sum.
+
+    With `weight` the gradients of the weighted sum are formed here, in the forward, and no chunk is computed twice; without it
+    each chunk's logits are computed again in the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        shape: Shape,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        wide_matrix, wide_bias = wide(matrix), None if bias is None else wide(bias)
+        logp = torch.empty(len(hidden), dtype=wide_matrix.dtype, device=hidden.device)
+        ctx.fused = weight is not None and any(ctx.needs_input_grad[:3])
+        sums = _Gradients(hidden, wide_matrix, wide_bias, ctx.needs_input_grad) if ctx.fused else None
+        step = rows_at_a_time(len(matrix))
+        for start in range(0, len(hidden), step):
+            part = slice(start, start + step)
+            rows = wide(hidden[part])
+            logits = torch.addmm(wide_bias, rows, wide_matrix.t()) if wide_bias is not None else rows @ wide_matrix.t()
+            shaped = shape(logits) / temperature if temperature != 1.0 else shape(logits)
+            lse = shaped.logsumexp(-1, keepdim=True)
+            logp[part] = (shaped.gather(1, target[part, None]) - lse)[:, 0]
+            if sums is not None and weight is not None:
+                sums.add(part, rows, _logit_grad(logits, shaped, lse, target[part], weight[part], shape, temperature))
+        ctx.shape, ctx.temperature, ctx.matrix_dtype = shape, temperature, matrix.dtype
+        if sums is not None:
+            ctx.save_for_backward(*sums.found())
+        else:
+            ctx.save_for_backward(hidden, matrix, bias, target)
+        total = logp.sum() if weight is None else (logp * weight).sum()
+        if weight is not None:
+            ctx.mark_non_differentiable(logp)
+        return total, logp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_total, d_logp = grads
+        if ctx.fused:
+            return (*(None if g is None else g * d_total.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None)
+        hidden, matrix, bias, target = ctx.saved_tensors
+        weight = d_logp + d_total
+        wide_matrix, wide_bias = wide(matrix), None if bias is None else wide(bias)
+        sums = _Gradients(hidden, wide_matrix, wide_bias, ctx.needs_input_grad)
+        step = rows_at_a_time(len(matrix))
+        for start in range(0, len(hidden), step):
+            part = slice(start, start + step)
+            rows = wide(hidden[part])
+            logits = torch.addmm(wide_bias, rows, wide_matrix.t()) if wide_bias is not None else rows @ wide_matrix.t()
+            shaped = ctx.shape(logits) / ctx.temperature
+            lse = shaped.logsumexp(-1, keepdim=True)
+            sums.add(part, rows, _logit_grad(logits, shaped, lse, target[part], weight[part], ctx.shape, ctx.temperature))
+        return (*sums.found(), None, None, None, None)
+
+
+def _logit_grad(
+    logits: Tensor, shaped: Tensor, lse: Tensor, target: Tensor, weight: Tensor, shape: Shape, temperature: float
+) -> Tensor:
+    """The gradient of sum(weight * logp) with respect to the raw logits."""
+    weight = weight.to(shaped.dtype)[:, None]
+    grad = (shaped - lse).exp_().mul_(-weight)
+    grad.scatter_add_(1, target[:, None], weight)
+    if shape.cap is not None:
+        grad.mul_(1 - (shape(logits) / shape.cap) ** 2)
+    factor = shape.scale / temperature
+    return grad if factor == 1.0 else grad.mul_(factor)
+
+
+class _Gradients:
+    """The gradients of hidden states, matrix and bias, added up chunk by chunk; None where none is needed."""
+
+    def __init__(self, hidden: Tensor, matrix: Tensor, bias: Tensor | None, needed: tuple[bool, ...]) -> None:
+        self.matrix = matrix
+        self.d_hidden = torch.empty_like(hidden) if needed[0] else None
+        self.d_matrix = torch.zeros_like(matrix) if needed[1] else None
+        self.d_bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+
+    def add(self, part: slice, rows: Tensor, d_logits: Tensor) -> None:
+        if self.d_hidden is not None:
+            self.d_hidden[part] = (d_logits @ self.matrix).to(self.d_hidden.dtype)
+        if self.d_matrix is not None:
+            self.d_matrix.addmm_(d_logits.t(), rows)
+        if self.d_bias is not None:
+            self.d_bias += d_logits.sum(0)
+
+    def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.d_hidden, self.d_matrix, self.d_bias
+
+
+def log_probs(
+    head: nn.Module,
+    project: Callable[[Tensor], Tensor],
+    shape: Shape,
+    hidden: Float[Tensor, "N D"],
+    target: Int[Tensor, " N"],
+    weight: Float[Tensor, " N"] | None = None,
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+    """(sum of weight * logp, logp) of each row's target. With `weight`, logp carries no gradient; without it, weights are 1."""
+    if is_plain(head):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _LinearLogProb.apply(hidden, head.weight, head.bias, target, weight, shape, temperature)
+
+    def pick(rows: Tensor, wanted: Tensor) -> Tensor:
+        return (project(rows) / temperature).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+
+    logp = over_rows(pick, vocabulary_of(head), hidden, target)
+    return (logp.sum(), logp) if weight is None else ((logp * weight).sum(), logp.detach())
+
+
+def vocabulary_of(head: nn.Module) -> int:
+    return int(getattr(head, "out_features", 0) or head.get_parameter("weight").shape[0])
+
+
+def over_rows(fn: Callable[..., Tensor], vocabulary: int, *tensors: Tensor) -> Tensor:
+    """fn on chunks of rows of all `tensors`, recomputed in the backward, so that one chunk's logits exist at a time."""
+    step = rows_at_a_time(vocabulary)
+    parts = [
+        checkpoint(fn, *(each[start : start + step] for each in tensors), use_reentrant=False)
+        for start in range(0, max(1, len(tensors[0])), step)
+    ]
+    return torch.cat(parts)

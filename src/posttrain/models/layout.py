@@ -1,0 +1,144 @@
+"""The only place where sequences become rows of a forward pass.
+
+`tree` lays sequences out as a tree: a common prefix is laid down, and computed, once; what differs follows as its children, with
+positions that go on from their parent. Everything lies in one flat row, in depth-first order, so that the descendants of a
+segment are one contiguous range. `padded` is the plain layout for models that cannot take the tree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from posttrain.batch import Sequences
+
+MIN_SHARED = 16  # a shorter common prefix costs more to branch than to compute twice
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens [start, end) of the row. Its descendants are [end, tree_end); `depth` is the position of its first token."""
+
+    start: int
+    end: int
+    tree_end: int
+    depth: int
+    parent: int  # index into the segments, -1 for a root
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """T' row tokens with their positions, and for each sequence the row index of each of its tokens."""
+
+    tokens: Int[Tensor, " T"]
+    positions: Int[Tensor, " T"]
+    segments: tuple[Segment, ...]
+    paths: tuple[np.ndarray, ...]
+
+    def ancestors(self, segment: Segment) -> list[Segment]:
+        """From the root down, the segment itself last."""
+        chain = [segment]
+        while chain[-1].parent >= 0:
+            chain.append(self.segments[chain[-1].parent])
+        return chain[::-1]
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """The length of the longest common prefix."""
+    shorter = min(len(a), len(b))
+    different = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(different[0]) if len(different) else shorter
+
+
+class _Planter:
+    """Grows the tree from sequences in lexicographic order, where those that share a prefix are neighbours."""
+
+    def __init__(self, rows: list[np.ndarray], min_shared: int) -> None:
+        self.order = sorted(range(len(rows)), key=lambda index: rows[index].tolist())
+        self.rows = [rows[index] for index in self.order]
+        self.shared = [_common(a, b) for a, b in zip(self.rows, self.rows[1:], strict=False)]
+        self.min_shared = min_shared
+        self.tokens: list[np.ndarray] = []
+        self.segments: list[Segment] = []
+        self.size = 0
+        self.trails: list[list[tuple[int, int]]] = [[] for _ in rows]  # row ranges of each sequence, root first
+
+    def lay(self, low: int, high: int, depth: int, parent: int) -> None:
+        """Lays rows[low:high], whose first `depth` tokens are laid already."""
+        while low < high:
+            stop = low + 1
+            while stop < high and self.shared[stop - 1] >= depth + self.min_shared:
+                stop += 1
+            cut = min((len(self.rows[low]), *self.shared[low : stop - 1])) if stop - low > 1 else len(self.rows[low])
+            self.branch(low, stop, depth, cut, parent)
+            low = stop
+
+    def branch(self, low: int, high: int, depth: int, cut: int, parent: int) -> None:
+        if cut > depth:
+            mine, start = len(self.segments), self.size
+            self.tokens.append(self.rows[low][depth:cut])
+            self.size += cut - depth
+            self.segments.append(Segment(start, self.size, self.size, depth, parent))
+            for index in range(low, high):
+                self.trails[index].append((start, start + cut - depth))
+        else:
+            mine = parent
+        if high - low > 1:
+            longer = low + sum(len(row) == cut for row in self.rows[low:high])  # those that end here come first
+            self.lay(longer, high, cut, mine)
+            if mine >= 0 and mine != parent:
+                whole = self.segments[mine]
+                self.segments[mine] = Segment(whole.start, whole.end, self.size, whole.depth, whole.parent)
+
+
+def tree(rows: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> Tree:
+    """Plans token sequences as a tree whose shared prefixes (of at least `min_shared` tokens) are laid once."""
+    planter = _Planter([np.asarray(row, dtype=np.int64) for row in rows], min_shared)
+    planter.lay(0, len(rows), 0, -1)
+    paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(rows)
+    for index, trail in zip(planter.order, planter.trails, strict=True):
+        paths[index] = np.concatenate([np.arange(a, b) for a, b in trail]) if trail else np.empty(0, dtype=np.int64)
+    positions = [np.arange(part.depth, part.depth + part.end - part.start) for part in planter.segments]
+    flat = np.concatenate(planter.tokens) if planter.tokens else np.empty(0, dtype=np.int64)
+    places = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
+    return Tree(torch.from_numpy(flat), torch.from_numpy(places), tuple(planter.segments), tuple(paths))
+
+
+def predictors(layout: Tree, batches: Sequence[Sequences]) -> list[Int[Tensor, " N"]]:
+    """For each of `batches` (laid out together, in order), the row index of the state that predicts each trained token."""
+    found, first = [], 0
+    for seqs in batches:
+        train, edges = seqs.train.cpu().numpy(), seqs.starts.tolist()
+        index = [
+            layout.paths[first + b][np.flatnonzero(train[edges[b] : edges[b + 1]]) - 1]  # the token before each trained one
+            for b in range(seqs.count)
+        ]
+        first += seqs.count
+        found.append(torch.from_numpy(np.concatenate(index) if index else np.empty(0, dtype=np.int64)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """B rows of equal length, filled up at the end with token 0; `valid` marks the real tokens."""
+
+    tokens: Int[Tensor, "B L"]
+    valid: Bool[Tensor, "B L"]
+    predictors: tuple[tuple[Int[Tensor, " N"], Int[Tensor, " N"]], ...]  # (row, column) of each trained token's predictor
+
+
+def padded(batches: Sequence[Sequences]) -> Padded:
+    """The plain layout: every sequence in a row of its own."""
+    rows = [torch.tensor(row, dtype=torch.long) for seqs in batches for row in seqs.rows()]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    valid = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+    found, first = [], 0
+    for seqs in batches:
+        offset = torch.arange(len(seqs.tokens)) - seqs.starts[:-1].cpu().repeat_interleave(seqs.lengths.cpu())
+        found.append((first + seqs.owner.cpu(), offset[seqs.train.cpu()] - 1))
+        first += seqs.count
+    return Padded(tokens, valid, tuple(found))

@@ -1,0 +1,131 @@
+"""A causal language model as the rest of posttrain sees it: token sequences in, log-probabilities of trained tokens out.
+
+Every per-token tensor is indexed by the token it is about: `logp[i]` is log p(token i | tokens before it). The shift between
+states and the tokens that they predict exists in `layout.predictors` and nowhere else.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from posttrain.batch import Sequences
+from posttrain.models import head as vocabulary
+from posttrain.models import layout
+from posttrain.models.attention import TreePlan, attending
+
+LayoutName = Literal["tree", "padded"]
+
+
+class LM(nn.Module):
+    """Wraps a transformers causal LM. Every method shares prefixes across all the sequences it is given in one call.
+
+    mixed: compute in bfloat16 over float32 weights. Dropout is always off.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: LayoutName = "tree", mixed: bool = False) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.layout: LayoutName = layout
+        self.mixed = mixed
+        self.shape = vocabulary.Shape.of(model.config)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model below its vocabulary head."""
+        return self.model.base_model
+
+    def precision(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.mixed else nullcontext()
+
+    def states(self, tree: layout.Tree, plan: TreePlan) -> Float[Tensor, "T D"]:
+        """The last hidden state of every token of a tree. `plan` is what attention follows."""
+        with attending(self.model, plan), self.precision():
+            return self.backbone(
+                input_ids=tree.tokens[None].to(self.device), position_ids=tree.positions[None].to(self.device), use_cache=False
+            ).last_hidden_state[0]
+
+    def _hidden(self, seqs: tuple[Sequences, ...]) -> list[Float[Tensor, "N D"]]:
+        if self.layout == "padded":
+            plain = layout.padded(seqs)
+            with self.precision():
+                states = self.backbone(
+                    input_ids=plain.tokens.to(self.device), attention_mask=plain.valid.long().to(self.device), use_cache=False
+                ).last_hidden_state
+            return [states[rows.to(self.device), columns.to(self.device)] for rows, columns in plain.predictors]
+        plan = layout.tree([row for each in seqs for row in each.rows()])
+        if not len(plan.tokens):
+            return [torch.zeros(0, self.model.config.get_text_config().hidden_size, device=self.device) for _ in seqs]
+        states = self.states(plan, TreePlan(plan))
+        return [states[index.to(self.device)] for index in layout.predictors(plan, seqs)]
+
+    @overload
+    def hidden(self, seqs: Sequences, /) -> Tensor: ...
+    @overload
+    def hidden(self, first: Sequences, second: Sequences, /, *more: Sequences) -> tuple[Tensor, ...]: ...
+    def hidden(self, *seqs: Sequences) -> Tensor | tuple[Tensor, ...]:
+        """[N, D]: the state that each trained token was predicted from. One Sequences in, one tensor out; several, a tuple."""
+        found = self._hidden(seqs)
+        return found[0] if len(found) == 1 else tuple(found)
+
+    @overload
+    def logprobs(self, seqs: Sequences, /, *, temperature: float = 1.0) -> Tensor: ...
+    @overload
+    def logprobs(
+        self, first: Sequences, second: Sequences, /, *more: Sequences, temperature: float = 1.0
+    ) -> tuple[Tensor, ...]: ...
+    def logprobs(self, *seqs: Sequences, temperature: float = 1.0) -> Tensor | tuple[Tensor, ...]:
+        """[N]: log p of each trained token, float32 or wider. One Sequences in, one tensor out; several, a tuple."""
+        found = [
+            vocabulary.log_probs(self.head, self.project, self.shape, states, targets(each, states), None, temperature)[1]
+            for states, each in zip(self._hidden(seqs), seqs, strict=True)
+        ]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def weighted_sum(
+        self, seqs: Sequences, weight: Float[Tensor, " N"], temperature: float = 1.0
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+        """(sum of weight * logp, logp without gradient): the fast path where the loss is linear in the log-probs.
+
+        The gradients are formed in the forward, so that the vocabulary projection runs once.
+        """
+        (states,) = self._hidden((seqs,))
+        return vocabulary.log_probs(
+            self.head, self.project, self.shape, states, targets(seqs, states), weight.to(states.device), temperature
+        )
+
+    def over_vocab(self, seqs: Sequences, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """fn(logits of a chunk of trained tokens, their target ids) -> per-token values; recomputed in the backward."""
+        (states,) = self._hidden((seqs,))
+
+        def chunk(rows: Tensor, wanted: Tensor) -> Tensor:
+            return fn(self.project(rows), wanted)
+
+        return vocabulary.over_rows(chunk, vocabulary.vocabulary_of(self.head), states, targets(seqs, states))
+
+    def project(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Logits as the model itself would give them, float32 or wider, through the head module and whatever sits on it."""
+        head = self.head
+        with torch.autocast(self.device.type, enabled=False):
+            if vocabulary.is_plain(head):
+                bias = None if head.bias is None else vocabulary.wide(head.bias)  # type: ignore[arg-type]
+                logits = nn.functional.linear(vocabulary.wide(hidden), vocabulary.wide(head.weight), bias)  # type: ignore[arg-type]
+            else:
+                logits = vocabulary.wide(head(hidden.to(next(head.parameters()).dtype)))
+        return self.shape(logits)
+
+
+def targets(seqs: Sequences, states: Tensor) -> Tensor:
+    return seqs.tokens[seqs.train].to(states.device)

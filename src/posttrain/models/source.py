@@ -1,0 +1,107 @@
+"""The `model:` section of a recipe: which model, in what precision. Checked without importing torch."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from posttrain.component import Settings
+from posttrain.errors import ModelError
+from posttrain.paths import PREFIX, named, resolve
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class ModelSource(Settings):
+    """A model: a folder, a hub name, `posttrain:tiny-base`, or another stage's (`{stage: sft}`). A string is its `path`."""
+
+    path: str | None = None
+    """A transformers folder, a name on the hub, or `posttrain:NAME` for a model that comes with posttrain."""
+    stage: str | None = None
+    """The name of a stage of this recipe whose model is meant."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["float32", "bfloat16", "mixed", "float64"] = "float32"
+    """mixed: float32 weights, computed in bfloat16. bfloat16: weights too (small updates round away; for frozen models)."""
+    layout: Literal["auto", "tree", "padded"] = "auto"
+    """tree: no padding, shared prefixes once. auto: the tree where a check shows that the model takes it, else padded."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, more time."""
+    trust_remote_code: str | None = None
+    """The revision of the hub repository whose own Python code may run, after you have read it. Never turned on by a folder."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template to use instead of the tokenizer's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.stage is None):
+            raise ValueError("give either `path` (a folder, hub name or posttrain:NAME) or `stage` (a stage of this recipe)")
+        return self
+
+    def folder(self) -> Path | None:
+        """The folder of a local model, None for a hub name. ModelError where it should be there and is not."""
+        assert self.path is not None
+        folder = resolve(self.path)
+        if folder.is_dir():
+            return folder
+        if self.path.startswith((PREFIX, "/", ".", "~")) or self.path.count("/") != 1:
+            if self.path.count("/") == 0 and not self.path.startswith((PREFIX, ".", "~")):
+                return None  # old hub names such as gpt2
+            raise ModelError(f"{self.path}: no such model folder")
+        return None
+
+    def check(self) -> None:
+        """What can be refused before anything is loaded. Raises ModelError."""
+        if self.path is not None and (folder := self.folder()) is not None:
+            check_folder(folder)
+
+    def fingerprint(self) -> str:
+        """Of a local folder the hash of its files, of a hub model its name and revision."""
+        assert self.path is not None
+        folder = self.folder()
+        if folder is None:
+            return f"hub:{self.path}@{self.revision or 'main'}"
+        return folder_fingerprint(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ModelError for a folder that holds no loadable model, with what it lacks."""
+    if not (folder / "config.json").is_file():
+        adapter = " (an adapter; name its stage, or merge it first)" if (folder / "adapter_config.json").is_file() else ""
+        raise ModelError(f"{named(folder)}: no config.json, so this is no transformers model folder{adapter}")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{named(folder / 'config.json')}: not valid JSON: {error}") from None
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"{named(folder)}: has only {pickled[0]}; pickled weights are never loaded; convert it to safetensors first"
+            )
+        raise ModelError(f"{named(folder)}: a model folder without weights: there is no .safetensors file in it")
+    if "auto_map" in config:
+        raise ModelError(
+            f"{named(folder)}: config.json asks for code from its folder (auto_map); "
+            "posttrain does not run it: use the architecture that transformers itself has, or remove auto_map"
+        )
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """sha256 over the names and contents of a model folder's files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}:
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

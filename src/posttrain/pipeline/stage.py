@@ -1,0 +1,87 @@
+"""A stage of a recipe: something with inputs and a folder, that is run once and then reused."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from posttrain.component import Component
+from posttrain.data.dataset import Data
+from posttrain.models.source import ModelSource
+from posttrain.tasks import Task
+
+Metrics = dict[str, Any]
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, signal: str) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+@dataclass
+class Context:
+    """What a stage is given: its folder, the folders of the stages it uses, and how to talk."""
+
+    name: str
+    folder: Path
+    key: str
+    seed: int
+    stages: dict[str, Path]
+    records: dict[str, Metrics]
+    say: Callable[[str], None] = lambda _line: None
+    show: Callable[..., None] = lambda *_: None
+    interrupted: Callable[[], str | None] = lambda: None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def model(self, source: ModelSource) -> ModelSource:
+        """The source with another stage's model put in its place."""
+        if source.stage is None:
+            return source
+        return source.model_copy(update={"stage": None, "path": str(self.stages[source.stage] / "model")})
+
+
+class Stage(Component):
+    """A step of a pipeline."""
+
+    default_kind = "train"
+
+    def check(self) -> None:
+        """Refuses, before anything heavy is loaded, what can be known from files and settings."""
+
+    def run(self, context: Context) -> Metrics:
+        """Does the work and returns the stage's record: `metrics` and whatever the report shows."""
+        raise NotImplementedError
+
+
+def parts(settings: BaseModel) -> Iterator[BaseModel]:
+    """The section and every section inside it."""
+    yield settings
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, BaseModel):
+                yield from parts(each)
+
+
+def references(stage: Stage) -> list[str]:
+    """The stages that this one uses, in the order in which it names them."""
+    names = [getattr(part, "stage", None) for part in parts(stage)]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def fingerprints(stage: Stage) -> dict[str, str]:
+    """What lies outside of the recipe and decides the result: models, data, problems."""
+    found: dict[str, str] = {}
+    for part in parts(stage):
+        if isinstance(part, ModelSource) and part.path is not None:
+            found[f"model {part.path}"] = part.fingerprint()
+        elif isinstance(part, Data):
+            found[f"data {', '.join(source.label() for source in part.sources)}"] = part.fingerprint()
+        elif isinstance(part, Task):
+            found[f"task {part.source.label()}"] = part.fingerprint()
+    return found

@@ -1,0 +1,5 @@
+"""On-policy training as an iterator."""
+
+from posttrain.rl.rollouts import OnPolicyStream, Rolled, Rollout
+
+__all__ = ["OnPolicyStream", "Rolled", "Rollout"]

@@ -1,0 +1,183 @@
+"""What the engine asks for logits: rows that grow by one token a step, join in any step and leave in any step.
+
+`CachedDecoder` keeps keys and values, and attends through the same registry as the trainer's layout: prompts are laid out as a
+tree and prefilled once, then each row's next token is one token of a flat row. `ReplayDecoder` computes whole sequences again at
+every step, for architectures that cannot take the tree.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from posttrain.batch import Sequences
+from posttrain.models import layout
+from posttrain.models.attention import Scoring, TreePlan, attending, weighted
+from posttrain.models.lm import LM
+
+ROOM = 64  # caches grow in steps of this many tokens
+
+
+class Decoder(Protocol):
+    def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int], budget: int) -> Tensor:
+        """Appends copies[i] rows for prompts[i], with room for `budget` more tokens; returns their logits [sum(copies), V]."""
+        ...
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Appends one token [A] to each row and returns the logits [A, V] of the next."""
+        ...
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Removes rows; for each, in descending order, the last row moves into its place."""
+        ...
+
+
+def decoder(lm: LM) -> Decoder:
+    return CachedDecoder(lm) if lm.layout == "tree" else ReplayDecoder(lm)
+
+
+class _Prefill(TreePlan):
+    """The trainer's attention over prompts, keeping each layer's keys and values."""
+
+    def __init__(self, tree: layout.Tree) -> None:
+        super().__init__(tree)
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        self.kept.append((key[0], value[0]))
+        return super().attend(query, key, value, scoring)
+
+
+class _Step:
+    """Attention of one new token per row over the row's own cache."""
+
+    def __init__(self, cache: "list[tuple[Tensor, Tensor]]", lengths: Tensor) -> None:
+        self.cache, self.lengths = cache, lengths
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.reach = int(lengths.max()) + 1
+        self.layer = 0
+        self.masks: dict[int | None, Tensor] = {}
+
+    def mask(self, window: int | None) -> Tensor:
+        """[A, 1, 1, reach]: which cached tokens each row sees, its new one included."""
+        if window not in self.masks:
+            place = torch.arange(self.reach, device=self.lengths.device)[None]
+            seen = place <= self.lengths[:, None]
+            if window is not None:
+                seen &= place > self.lengths[:, None] - window
+            self.masks[window] = seen[:, None, None]
+        return self.masks[window]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        keys, values = self.cache[self.layer]
+        self.layer += 1
+        keys[self.rows, :, self.lengths] = key[0].transpose(0, 1)
+        values[self.rows, :, self.lengths] = value[0].transpose(0, 1)
+        keys, values = keys[: len(self.rows), :, : self.reach], values[: len(self.rows), :, : self.reach]
+        allowed = self.mask(scoring.window)
+        new = query[0].transpose(0, 1)  # [A, H, D]
+        if scoring.softcap is None and scoring.sinks is None:
+            grouped = new.unflatten(1, (keys.shape[1], -1))  # the queries that share a key head, as if they were positions
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=allowed, scale=scoring.scale).flatten(1, 2)
+        else:
+            out = weighted(new[:, :, None], keys, values, allowed, scoring)[:, :, 0]
+        return out[None]
+
+
+class CachedDecoder:
+    def __init__(self, lm: LM) -> None:
+        self.lm = lm
+        self.cache: list[tuple[Tensor, Tensor]] = []
+        self.lengths = torch.zeros(0, dtype=torch.long, device=lm.device)
+
+    def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int], budget: int) -> Tensor:
+        tree = layout.tree(prompts)
+        plan = _Prefill(tree)
+        states = self.lm.states(tree, plan)
+        first, rows = len(self.lengths), sum(copies)
+        longest = max(len(prompt) for prompt in prompts)
+        self._reserve(plan.kept, first + rows, longest + budget)
+        paths = [torch.from_numpy(path).to(self.lm.device) for path in tree.paths]
+        for (keys, values), (new_keys, new_values) in zip(self.cache, plan.kept, strict=True):
+            row = first
+            for path, count in zip(paths, copies, strict=True):
+                keys[row : row + count, :, : len(path)] = new_keys[:, path]
+                values[row : row + count, :, : len(path)] = new_values[:, path]
+                row += count
+        repeats = torch.tensor(list(copies), device=self.lm.device)
+        sizes = torch.tensor([len(prompt) for prompt in prompts], device=self.lm.device)
+        self.lengths = torch.cat([self.lengths, sizes.repeat_interleave(repeats)])
+        last = torch.stack([path[-1] for path in paths])
+        return self.lm.project(states[last]).repeat_interleave(repeats, 0)
+
+    def _reserve(self, like: list[tuple[Tensor, Tensor]], rows: int, length: int) -> None:
+        """Room for `rows` rows of `length` tokens in every layer; what is there is kept."""
+        length = -(-length // ROOM) * ROOM
+        if not self.cache:
+            self.cache = [(k.new_zeros(0, k.shape[0], 0, k.shape[2]), v.new_zeros(0, v.shape[0], 0, v.shape[2])) for k, v in like]
+        have_rows, have_length = self.cache[0][0].shape[0], self.cache[0][0].shape[2]
+        if have_rows >= rows and have_length >= length:
+            return
+        rows, length = max(rows, have_rows), max(length, have_length)
+        self.cache = [(_grown(keys, rows, length), _grown(values, rows, length)) for keys, values in self.cache]
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        with attending(self.lm.model, _Step(self.cache, self.lengths)), self.lm.precision():
+            states = self.lm.backbone(input_ids=tokens[None], position_ids=self.lengths[None], use_cache=False).last_hidden_state[
+                0
+            ]
+        self.lengths = self.lengths + 1
+        return self.lm.project(states)
+
+    def drop(self, rows: Sequence[int]) -> None:
+        order = _after_drop(len(self.lengths), rows)
+        moved = [(to, source) for to, source in enumerate(order) if to != source]
+        if moved:
+            to, source = (torch.tensor(each, device=self.lm.device) for each in zip(*moved, strict=True))
+            reach = int(self.lengths.max())
+            for keys, values in self.cache:
+                keys[to, :, :reach] = keys[source, :, :reach]
+                values[to, :, :reach] = values[source, :, :reach]
+        self.lengths = self.lengths[torch.tensor(order, dtype=torch.long, device=self.lm.device)]
+
+
+class ReplayDecoder:
+    def __init__(self, lm: LM) -> None:
+        self.lm = lm
+        self.rows: list[list[int]] = []
+
+    def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int], budget: int) -> Tensor:
+        repeats = torch.tensor(list(copies), device=self.lm.device)
+        self.rows += [list(prompt) for prompt, count in zip(prompts, copies, strict=True) for _ in range(count)]
+        return self._logits([list(prompt) for prompt in prompts]).repeat_interleave(repeats, 0)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.append(token)
+        return self._logits(self.rows)
+
+    def _logits(self, rows: list[list[int]]) -> Tensor:
+        """Of the token after each row: a token that is only marked as trained, so that its predictor's state is asked for."""
+        marked = Sequences.of([([*row, 0], [False] * len(row) + [True]) for row in rows])
+        states = self.lm.hidden(marked)
+        return self.lm.project(states)
+
+    def drop(self, rows: Sequence[int]) -> None:
+        self.rows = [self.rows[index] for index in _after_drop(len(self.rows), rows)]
+
+
+def _grown(tensor: Tensor, rows: int, length: int) -> Tensor:
+    bigger = tensor.new_zeros(rows, tensor.shape[1], length, tensor.shape[3])
+    bigger[: tensor.shape[0], :, : tensor.shape[2]] = tensor
+    return bigger
+
+
+def _after_drop(count: int, rows: Sequence[int]) -> list[int]:
+    """Which old row stands in each new row."""
+    order = list(range(count))
+    for row in sorted(rows, reverse=True):
+        order[row] = order[-1]
+        order.pop()
+    return order

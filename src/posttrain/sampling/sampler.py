@@ -1,0 +1,79 @@
+"""Samplers: where tokens come from."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import PositiveInt
+
+from posttrain.component import Component
+from posttrain.sampling.settings import Sampling
+
+if TYPE_CHECKING:
+    from posttrain.data.render import Template
+    from posttrain.models.lm import LM
+    from posttrain.sampling.engine import Engine
+    from posttrain.text import Problem, Sample
+
+
+class Sampler(Component):
+    """Where tokens come from."""
+
+    default_kind = "in_process"
+
+    def open(self, policy: "LM", sampling: Sampling, stop_ids: "Sequence[int]", seed: int) -> "Engine":
+        """An engine that samples from the policy as it is at each step."""
+        raise NotImplementedError
+
+
+class InProcess(Sampler, kind="in_process"):
+    """Samples in the training process, from the very weights that are trained: no copy, no mismatch."""
+
+    rows: PositiveInt = 256
+    """The most samples that are decoded at once."""
+
+    def open(self, policy: "LM", sampling: Sampling, stop_ids: "Sequence[int]", seed: int) -> "Engine":
+        from posttrain.sampling.engine import Engine
+
+        return Engine(policy, sampling, tuple(stop_ids), seed, self.rows)
+
+
+def sample(
+    sampler: Sampler,
+    policy: "LM",
+    template: "Template",
+    problems: "Sequence[Problem]",
+    per_problem: int,
+    sampling: Sampling,
+    seed: int,
+    address: tuple[int | str, ...] = (),
+    version: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> "list[Sample]":
+    """per_problem samples of each problem, problem by problem. `address` tells these draws from others under the same seed."""
+    from posttrain.sampling.engine import Request
+    from posttrain.text import Sample
+
+    engine = sampler.open(policy, sampling, sorted(template.stop_ids), seed)
+    wanted: dict[tuple[int | str, ...], tuple[Problem, int]] = {}
+    for problem in problems:
+        prompt = tuple(template.prompt(problem.prompt))
+        for index in range(per_problem):
+            place = (*address, problem.id, index)
+            wanted[place] = (problem, index)
+            engine.add(Request(prompt, place))
+    found: dict[tuple[int | str, ...], Sample] = {}
+    while (done := engine.next()) is not None:
+        problem, index = wanted[done.request.address]
+        written = done.tokens[:-1] if done.stop == "end" else done.tokens
+        found[done.request.address] = Sample(
+            problem=problem,
+            index=index,
+            tokens=(*done.request.tokens, *done.tokens),
+            sampled=(False,) * len(done.request.tokens) + (True,) * len(done.tokens),
+            logp=tuple(done.logp),
+            stop=done.stop,
+            text=template.tokenizer.decode(written, skip_special_tokens=True),
+            version=version,
+        )
+        progress()
+    return [found[place] for place in wanted]

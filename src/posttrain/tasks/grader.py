@@ -1,0 +1,152 @@
+"""Graders: from a problem and an answer to a score, or to the reason why there is none. A failure is not a score."""
+
+import copy
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import field_validator
+
+from posttrain.component import Component, did_you_mean
+from posttrain.text import Grade, Problem, Sample
+
+
+class Grader(Component):
+    """Says how good an answer is.
+
+    A kind implements `grade`, and `gold_problem` where it needs something from the problem. Callers with samples use
+    `grade_all`, which never raises for what one grade did; graders that batch (judges, reward models) override it and pass
+    what they made through `checked`.
+    """
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        raise NotImplementedError
+
+    def gold_problem(self, problem: Problem) -> str | None:
+        """Why no answer to this problem can be graded (no gold, gold that cannot be read); None where it can."""
+        return None
+
+    def check(self) -> None:
+        """What can be known to be wrong before any weight is loaded; raises an InputError."""
+
+    def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
+        """One grade per sample, in order; whatever goes wrong in one of them is a failure of that one only."""
+        return [self._guarded(sample.problem, sample.text) for sample in samples]
+
+    def _guarded(self, problem: Problem, text: str) -> Grade:
+        try:
+            return checked(self.grade(problem, text))
+        except (Exception, SystemExit) as error:
+            return failed(f"the grader raised {type(error).__name__}: {error}".rstrip(": "))
+
+
+def failed(why: str) -> Grade:
+    """No score, and why; one short line whatever the cause was."""
+    return Grade(None, failure=" ".join(why.split())[:300])
+
+
+def checked(grade: Any) -> Grade:
+    """The grade itself where it holds a finite score or names its failure; a named failure for anything else."""
+    if not isinstance(grade, Grade):
+        return failed(f"the grader returned {_described(grade)}, not a Grade")
+    if grade.failure is not None:
+        return Grade(None, grade.parts, grade.failure)
+    for name, value in {"score": grade.score, **grade.parts}.items():
+        wrong = _not_a_number(value)
+        if wrong:
+            return failed(f"the grader's {name} is {wrong}")
+    return grade
+
+
+def _not_a_number(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"{_described(value)}, not a number"
+    return None if math.isfinite(value) else str(value)
+
+
+def _described(value: Any) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def score(right: bool) -> Grade:
+    """1 for a right answer, 0 for a wrong one."""
+    return Grade(1.0 if right else 0.0)
+
+
+class ExactGrader(Grader, kind="exact"):
+    """1 where the whole completion is the answer, white space aside.
+
+    Runs of white space count as one space, and none counts at the ends.
+    """
+
+    ignore_case: bool = False
+    """Whether `Paris` and `paris` are the same answer."""
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        return score(self._plain(text) == self._plain(problem.answer or "") != "")
+
+    def gold_problem(self, problem: Problem) -> str | None:
+        return None if (problem.answer or "").strip() else "it has no answer"
+
+    def _plain(self, text: str) -> str:
+        plain = " ".join(text.split())
+        return plain.casefold() if self.ignore_case else plain
+
+
+class FunctionGrader(Grader, kind="function"):
+    """A Python function of one's own, `(problem, text) -> float`.
+
+    The problem is a `posttrain.text.Problem` (`prompt`, `answer`, `facts`), the text is the decoded completion. What the
+    function raises, and anything it returns that is not a finite number, is a failure of that sample and not a score.
+    """
+
+    path: str
+    """`my_package.module:my_function`."""
+
+    @field_validator("path")
+    @classmethod
+    def _can_be_called(cls, path: str) -> str:
+        function = _imported(path)
+        if not callable(function):
+            raise ValueError(f"{path!r} is a {type(function).__name__}, not a function (problem, text) -> float")
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise ValueError(f"{path!r} is a coroutine or a generator; a grader is a plain function that returns a number")
+        try:
+            inspect.signature(function).bind(None, None)
+        except TypeError:
+            raise ValueError(f"{path!r} cannot be called with (problem, text): {inspect.signature(function)}") from None
+        except ValueError:  # some built-in functions do not say what they take
+            pass
+        return path
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        own = replace(problem, facts=copy.deepcopy(dict(problem.facts)))  # what it changes is seen by no other grade
+        try:
+            value = _imported(self.path)(own, text)
+        except (Exception, SystemExit) as error:
+            return failed(f"{self.path} raised {type(error).__name__}: {error}".rstrip(": "))
+        if isinstance(value, Grade):
+            return checked(value)
+        wrong = _not_a_number(value)
+        return failed(f"{self.path} returned {_returned(value, wrong)}") if wrong else Grade(float(value))
+
+
+def _returned(value: Any, wrong: str) -> str:
+    return "None, not a number" if value is None else wrong.replace("of type ", "a value of type ")
+
+
+def _imported(path: str) -> Callable[[Problem, str], Any]:
+    module_name, colon, name = path.partition(":")
+    if not colon or not name:
+        raise ValueError(f"{path!r} names no function; write `my_package.module:my_function`")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name!r} for {path!r}: {error}") from None
+    if not hasattr(module, name):
+        raise ValueError(f"module {module_name!r} has no {name!r}{did_you_mean(name, vars(module))}")
+    function: Callable[[Problem, str], Any] = getattr(module, name)
+    return function

@@ -1,0 +1,103 @@
+"""The world before tensors: what data files hold, what a policy wrote, what a grader said of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `tool_calls` (assistant turns only) holds {"name", "arguments"} mappings in the order they were made."""
+
+    role: str
+    content: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that chat templates read."""
+        plain: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            plain["tool_calls"] = [{"type": "function", "function": dict(call)} for call in self.tool_calls]
+        return plain
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages to learn from; `where` is the file and line they came from."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Plain text and how it goes on, for a model without a chat template; only `completion` is learned from."""
+
+    prompt: str
+    completion: str
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A raw document."""
+
+    text: str
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt. `prefer` is the probability that `chosen` is the better one."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    prefer: float = 1.0
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A prompt and what is needed to grade an answer to it. `id` addresses its random draws; `facts` holds further columns."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    answer: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+Row = Conversation | Completion | Text | Preference | Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What a grader says: a score, or the reason why there is none. A failure is not a score."""
+
+    score: float | None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer as it was drawn: token ids verbatim, never re-tokenised.
+
+    tokens: prompt and completion ids; sampled: True on every token the policy drew (its end token included);
+    logp: the log-probability each sampled token was drawn with, in order; stop: "end" (an end token) or "length";
+    text: the decoded completion, for graders and people; version: the update the policy had then.
+    """
+
+    problem: Problem
+    index: int
+    tokens: tuple[int, ...]
+    sampled: tuple[bool, ...]
+    logp: tuple[float, ...]
+    stop: Literal["end", "length"]
+    text: str
+    version: int = 0

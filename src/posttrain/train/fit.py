@@ -1,0 +1,125 @@
+"""The training loop. Whatever is learned from, and however it came about, it is learned here."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from posttrain.batch import micro_batches
+from posttrain.errors import RunError
+from posttrain.train.updates import Item, Update, Updates
+
+if TYPE_CHECKING:
+    from posttrain.models.lm import LM
+    from posttrain.objectives import Loss
+    from posttrain.train.optim import Optimizer
+    from posttrain.train.record import Recorder
+
+
+@dataclass
+class Stats:
+    """Means whose sums and counts are added up first: never a mean of means."""
+
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def add(self, stats: "Mapping[str, tuple[Any, int]]") -> None:
+        for name, (total, count) in stats.items():
+            before = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (before[0] + float(total), before[1] + count)
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.sums.items() if count}
+
+
+@dataclass
+class Training:
+    """A training run as it stands: what learns, from what, and how far it has come. `step` updates have been applied."""
+
+    policy: "LM"
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    optim: "Optimizer"
+    updates: Updates
+    steps: int
+    micro_tokens: int = 8192
+    seconds_limit: float | None = None
+    step: int = 0
+    seconds: float = 0.0
+    stopped: str | None = None  # why it ended before its last step
+
+
+def fit(run: Training, record: "Recorder") -> None:
+    """Applies updates until the run's end. Nothing is pulled before the previous update has been applied."""
+    while run.step < run.steps and run.stopped is None:
+        began = time.perf_counter()
+        update = next(run.updates)  # 1. sample, or read
+        units = count_units(update)  # 2. what the whole update's terms are means over
+        stats = Stats(dict(update.stats))
+        for item in in_pieces(update, run.micro_tokens):  # 3. gradients add up, piece by piece
+            loss = item.objective.loss(run.policy, item.batch.to(run.policy.device))
+            total = sum(term / max(1, units[item.objective.kind, name]) for name, term in loss.terms.items())
+            assert isinstance(total, torch.Tensor)
+            refuse_nonfinite(total, item, run.step)
+            total.backward()
+            stats.add(loss.stats | term_stats(loss, item, units))
+        norm = clip(run)  # 4. one optimizer step
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.optim.rate(run.step, run.steps)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        run.seconds += time.perf_counter() - began
+        record.step(run, update, stats.means() | {"grad_norm": norm}, time.perf_counter() - began)  # 5. log, validate, save
+        if run.seconds_limit is not None and run.seconds >= run.seconds_limit:
+            run.stopped = run.stopped or f"its {run.seconds_limit:.0f} seconds are over"
+    record.end(run)
+
+
+def count_units(update: Update) -> dict[tuple[str, str], int]:
+    """{(objective, term): tokens, sequences or pairs of the whole update}."""
+    units: dict[tuple[str, str], int] = {}
+    for item in update.items:
+        for term, count in item.objective.units(item.batch).items():
+            units[item.objective.kind, term] = units.get((item.objective.kind, term), 0) + count
+    return units
+
+
+def in_pieces(update: Update, micro_tokens: int) -> Iterator[Item]:
+    """The update's rows, at most about `micro_tokens` tokens at a time."""
+    for item in update.items:
+        for rows in micro_batches(item.batch, micro_tokens):
+            yield Item(item.objective, item.batch.select(rows), [item.labels[row] for row in rows])
+
+
+def term_stats(loss: "Loss", item: Item, units: dict[tuple[str, str], int]) -> dict[str, tuple[float, int]]:
+    """Each term as a stat `loss/<term>`, in its own units."""
+    counts = item.objective.units(item.batch)
+    return {f"loss/{name}": (float(term.detach()), counts[name]) for name, term in loss.terms.items()}
+
+
+def refuse_nonfinite(total: torch.Tensor, item: Item, step: int) -> None:
+    if not math.isfinite(float(total.detach())):
+        shown = ", ".join(item.labels[:3]) + (", ..." if len(item.labels) > 3 else "")
+        raise RunError(
+            f"step {step + 1}: the loss is {float(total.detach())} on {shown}; no update was made and the last checkpoint is "
+            "from before; look at these rows, or lower optim.learning_rate"
+        )
+
+
+def clip(run: Training) -> float:
+    """Clips the gradients and returns their norm before. Raises RunError, before any update, where it is not finite."""
+    grads = [parameter.grad for parameter in run.parameters.values() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    if not math.isfinite(float(norm)):
+        name = next(n for n, p in run.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all()))
+        raise RunError(
+            f"step {run.step + 1}: the gradient of {name} is not finite; no update was made and the last checkpoint is from "
+            "before; lower optim.learning_rate, or use dtype float32"
+        )
+    if run.optim.clip is not None:
+        nn.utils.clip_grads_with_norm_(list(run.parameters.values()), run.optim.clip, norm)
+    return float(norm)

@@ -1,0 +1,79 @@
+"""Tiny random models of each architecture, made on the spot: 2 layers, 97 tokens, weights wide enough that every token matters.
+
+`make("gemma3")` gives an LM, the same weights every time. Sliding windows are 8 tokens, shorter than the sequences of the tests.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Olmo2Config,
+    PhiConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from posttrain.models.lm import LM
+from posttrain.models.load import DTYPES, wrap
+from posttrain.models.source import ModelSource
+
+VOCABULARY, WINDOW = 97, 8
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None,
+}  # fmt: skip
+GROUPED = {**SHAPE, "num_key_value_heads": 2}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=8),
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=WINDOW),
+    "gemma3": lambda: Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=8, final_logit_softcapping=3.0,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=1, pad_token_id=None
+    ),
+    "phi": lambda: PhiConfig(**SHAPE, partial_rotary_factor=0.5),
+    "olmo2": lambda: Olmo2Config(**GROUPED),
+    "gpt_neox": lambda: GPTNeoXConfig(**SHAPE),
+    "mamba": lambda: MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2, bos_token_id=None, eos_token_id=1, pad_token_id=None
+    ),
+}  # fmt: skip
+TREE = [name for name in CONFIGS if name != "mamba"]
+
+
+def transformer(name: str, dtype: str = "float32", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """The transformers model with random weights of deviation 0.2. `changes` are settings of its config."""
+    config = CONFIGS[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa" if name != "mamba" else None).double()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                offset = 1.0 if parameter.ndim == 1 and key.endswith("weight") and "gemma" not in name else 0.0  # norms scale around 1
+                if key.rpartition(".")[2] not in {"A_log", "D", "dt_bias"}:
+                    parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, dtype=torch.float64))
+    return model.to(DTYPES[dtype])
+
+
+def make(name: str, dtype: str = "float32", layout: str = "auto", seed: int = 0, **changes: Any) -> LM:
+    """An LM as `load` would give it."""
+    return wrap(transformer(name, dtype, seed, **changes), ModelSource(path="tiny", dtype=dtype, layout=layout))
+
+
+def twin(lm: LM, layout: str) -> LM:
+    """The same weights under another layout."""
+    return LM(lm.model, layout, lm.mixed)
