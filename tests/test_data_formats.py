@@ -356,3 +356,17 @@ def test_every_kind_of_source_and_format_explains_itself():
         for kind in family.kinds.values():
             assert kind.summary().endswith(".")
             assert all(field.description for field in kind.model_fields.values()), kind
+
+
+def test_a_completion_can_be_woven_from_several_columns():
+    format = Format.model_validate({"kind": "prompt_completion", "fields": {"completion": "{work}\n#### {answer}"}})
+    row = format.parse(Raw({"prompt": "1 + 1?", "work": "1 + 1 = 2", "answer": 2}, "f.jsonl:1"))
+    assert row.completion == "1 + 1 = 2\n#### 2"
+    with pytest.raises(Unusable, match="empty completion"):
+        format.parse(Raw({"prompt": "1 + 1?", "work": None, "answer": 2}, "f.jsonl:2"))
+
+
+def test_a_woven_column_that_is_absent_is_named():
+    format = Format.model_validate({"kind": "prompt_completion", "fields": {"completion": "{work}\n#### {answr}"}})
+    with pytest.raises(DataError, match=r'f.jsonl:1: format prompt_completion needs the column "answr"'):
+        format.parse(Raw({"prompt": "1 + 1?", "work": "1 + 1 = 2", "answer": 2}, "f.jsonl:1"))

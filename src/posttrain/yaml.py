@@ -9,6 +9,7 @@ import yaml
 from posttrain.errors import RecipeError
 
 Path_ = tuple[str | int, ...]
+TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")}
 MAX_NODES = 100_000  # aliases are expanded; a bomb of aliases stops here
 
 
@@ -65,7 +66,7 @@ class _Reader:
         return {**merged, **found}
 
     def scalar(self, node: yaml.Node) -> Any:
-        if not node.tag.startswith("tag:yaml.org,2002:"):
+        if node.tag not in TAGS:
             raise self.fail(node, f"the tag {node.tag!r} is not allowed in a recipe; write a plain value")
         try:
             value = yaml.SafeLoader("").construct_object(node, deep=True)

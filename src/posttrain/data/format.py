@@ -6,6 +6,7 @@ out and counted by that reason. A row that shows that the file or the format is 
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -48,7 +49,8 @@ class Format(Component):
     """The names of the row types in posttrain.text that it gives."""
 
     fields: dict[str, str] = Field(default_factory=dict)
-    """Which column holds what, where the file calls it otherwise: `{completion: response}`."""
+    """Which column holds what, where the file calls it otherwise: `{completion: response}`; or a text made of several columns:
+    `{completion: "{solution}\\n#### {answer}"}`."""
 
     @model_validator(mode="after")
     def _knows_its_fields(self) -> Self:
@@ -75,8 +77,10 @@ class Format(Component):
         """Refuses a row that lacks a column, with the mapping that would help."""
         for name in self.needs:
             column = self.column(name)
-            if column in raw.value:
+            lacking = [each for each in _woven(column) or [column] if each not in raw.value]
+            if not lacking:
                 continue
+            column = lacking[0]
             has = ", ".join(f'"{each}"' for each in raw.value) or "no columns"
             if name in self.fields:
                 remedy = f"format.fields.{name} must name a column that every row has"
@@ -85,7 +89,12 @@ class Format(Component):
             raise DataError(f'{raw.where}: format {self.kind} needs the column "{column}"; this row has {has}; {remedy}')
 
     def cell(self, raw: Raw, name: str) -> Any:
-        return raw.value.get(self.column(name))
+        column = self.column(name)
+        if not _woven(column):
+            return raw.value.get(column)
+        if any(raw.value[each] is None for each in _woven(column)):
+            return None
+        return re.sub(r"\{(\w+)\}", lambda match: str(raw.value[match[1]]), column)
 
     def plain(self, raw: Raw, name: str) -> str:
         """A column of text. Raises Unusable where it is null or blank, DataError where it is something else."""
@@ -101,6 +110,11 @@ class Format(Component):
         if isinstance(value, dict):
             value = [value]
         return _messages(value, raw.where, self.column(name), "text, a message or a list of messages")
+
+
+def _woven(column: str) -> list[str]:
+    """The columns that a text such as "{solution}\\n#### {answer}" is made of; none for the plain name of a column."""
+    return re.findall(r"\{(\w+)\}", column)
 
 
 class Messages(Format, kind="messages"):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -42,7 +42,7 @@ class ModelSource(Settings):
         return {"path": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Self:
+    def _one_origin(self) -> "ModelSource":
         if (self.path is None) == (self.stage is None):
             raise ValueError("give either `path` (a folder, hub name or posttrain:NAME) or `stage` (a stage of this recipe)")
         return self

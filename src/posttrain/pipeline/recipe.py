@@ -134,21 +134,20 @@ def section_at(section: Any, value: Any, loc: tuple[int | str, ...]) -> type[Set
             section = section.lookup(kind)
         except ValueError:
             return None
-    if not loc:
-        return section if isinstance(section, type) and issubclass(section, Settings) else None
-    inner: Any = {}
-    if isinstance(value, dict):
-        inner = value.get(loc[0], {})
-    elif isinstance(value, list) and isinstance(loc[0], int) and loc[0] < len(value):
-        inner = value[loc[0]]
     if isinstance(section, type) and issubclass(section, Settings):
+        if not loc:
+            return section
         field = section.model_fields.get(str(loc[0]))
-        return None if field is None else section_at(field.annotation, inner, loc[1:])
-    for option in getattr(section, "__args__", ()):  # list[...], dict[str, ...], ... | None
-        if getattr(section, "__origin__", None) in (list, dict):
-            found = section_at(option, inner, loc[1:]) if option is not str else None
-        else:
-            found = section_at(option, value, loc) if option is not type(None) else None
-        if found is not None:
-            return found
-    return None
+        return None if field is None else section_at(field.annotation, inside(value, loc[0]), loc[1:])
+    options = [option for option in getattr(section, "__args__", ()) if option not in (str, type(None))]
+    if getattr(section, "__origin__", None) not in (list, dict):  # ... | None
+        return next((found for option in options if (found := section_at(option, value, loc))), None)
+    return section_at(options[-1], inside(value, loc[0]), loc[1:]) if loc else None
+
+
+def inside(value: Any, part: int | str) -> Any:
+    """What a recipe says at a key or index; an empty section where it says nothing."""
+    try:
+        return value[part]
+    except (KeyError, IndexError, TypeError):
+        return {}

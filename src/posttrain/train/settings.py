@@ -108,7 +108,7 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         """Refuses sections that do not go together."""
-        kind, given = self.objective.kind, self.model_fields_set
+        kind = self.objective.kind
         if isinstance(self.objective, OnPolicy):
             if self.task is None:
                 raise ValueError(f"objective {kind} samples its own answers: it needs `task` (problems and a grader)")
@@ -126,8 +126,8 @@ class TrainSettings(Settings):
         else:
             if self.data is None:
                 raise ValueError(f"objective {kind} learns from data: add the section `data`")
-            for section in ("task", "rollout"):
-                if section in given:
+            for section, given in {"task": self.task is not None, "rollout": self.rollout != Rollout()}.items():
+                if given:
                     raise ValueError(f"objective {kind} learns from `data` and does not sample; remove the section `{section}`")
         return self
 

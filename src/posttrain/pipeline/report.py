@@ -1,0 +1,324 @@
+"""The report of a run: one HTML file that needs no network and no script, and that a doubting reader can check.
+
+Everything in it comes from the run's folder. Texts of models and data are untrusted: they reach the page only through the
+template's escaping.
+"""
+
+import shlex
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from posttrain.evaluate.evaluate import RIGHT
+from posttrain.pipeline.table import (
+    HEADS,
+    Ran,
+    Run,
+    dig,
+    interval_text,
+    main_metric,
+    metric_columns,
+    number,
+    plural,
+    read_run,
+    seconds_text,
+    value_text,
+)  # fmt: skip
+from posttrain.pipeline.verdict import cautions, comparable, listed, verdict
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+SHOWN_ANSWERS = 12
+SHOWN_STEPS, SHOWN_PER_STEP = 6, 2  # samples of a training
+LONGEST = 3000  # characters of a text
+YEAR_9999 = 2.5e11  # seconds; later ones are no times
+CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+BIDI = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)  # would show a text in another order than it has
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` into a run's folder. Raises InputError where the folder holds no run."""
+    import jinja2
+
+    run = read_run(Path(folder))
+    trainings, notes = training_sections(run)
+    groups = comparable(run)
+    environment = jinja2.Environment(
+        autoescape=True, finalize=visible, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
+    )  # fmt: skip
+    environment.filters["clip"] = clip
+    page = environment.get_template(TEMPLATE.name).render(
+        title=run.recipe.get("title") or run.name, name=run.name, verdict=verdict(run, groups),
+        cautions=[*cautions(run), *run.notes, *notes], tables=[evaluation_table(run, group) for group in groups],
+        pipeline=[stage_row(stage) for stage in run.stages.values()], trainings=trainings,
+        answers=[answers for group in groups if (answers := side_by_side(run, group))], **provenance(run),
+    )  # fmt: skip
+    target = run.folder / "report.html"
+    staged = target.with_name(target.name + ".tmp")
+    staged.write_text(page, encoding="utf-8", errors="replace")
+    staged.replace(target)
+    return target
+
+
+def visible(value: Any) -> Any:
+    """Every text on its way to the page: controls become signs, and none may change the direction of what follows."""
+    return value.translate(CONTROL | BIDI) if type(value) is str else value
+
+
+def clip(text: Any) -> str:
+    """A text of unknown length, its middle left out where it is very long."""
+    text = "" if text is None else str(text)
+    if len(text) <= LONGEST:
+        return text.strip("\n")
+    head, tail = text[: LONGEST * 2 // 3], text[-LONGEST // 3 :]
+    return f"{head}\n[... {len(text) - len(head) - len(tail):,} characters left out ...]\n{tail}"
+
+
+def evaluation_table(run: Run, group: Sequence[Ran]) -> dict[str, Any]:
+    """The group's figures as texts, and the plot of the one that decides."""
+    from markupsafe import Markup
+
+    from posttrain.pipeline.plots import intervals_svg
+
+    columns, metric = metric_columns(group), main_metric(group)
+    having = [each for each in group if metric in each.figures]
+    plan = group[0].settings.get("evaluation")
+    samples, temperature = number(dig(plan, "samples")), number(dig(plan, "sampling", "temperature"))
+    how = plural(int(samples), "sample") + " of each problem" if samples else ""
+    how += f" at temperature {temperature:g}" if samples and temperature is not None else ""
+    rows = []
+    for stage in group:
+        found = [(name, stage.figures.get(name)) for name in columns]
+        cells = [("–", "") if each is None else (value_text(name, each.value), interval_text(name, each)) for name, each in found]
+        rows.append({
+            "name": stage.name, "model": source_text(stage.settings.get("model")), "cells": cells, "finished": stage.done is not None,
+            "seconds": seconds_text(dig(stage.done, "seconds")),
+        })  # fmt: skip
+    shown = [(run.label(each)[:30], each.figures[metric]) for each in having] if metric else []
+    plot = intervals_svg([name for name, _ in shown], [each for _, each in shown], metric, group[0].name) if metric else ""
+    counts = sorted({each.count for _, each in shown})
+    against = {source_text(each.settings.get("kl_to")) for each in group if each.settings.get("kl_to")}
+    return {
+        "columns": [HEADS.get(name, name) for name in columns], "rows": rows, "plot": Markup(plot), "how": how, "metric": metric,
+        "problems": ", ".join(map(str, counts)), "task": task_text(group[0].settings.get("task")),
+        "kl_to": listed(sorted(against)) if against else "",
+    }  # fmt: skip
+
+
+def stage_row(stage: Ran) -> dict[str, Any]:
+    """What a stage used, what it did, and what that took."""
+    done, settings = stage.done or {}, stage.settings
+    row: dict[str, Any] = {
+        "name": stage.name, "kind": stage.kind, "finished": stage.done is not None, "model": source_text(settings.get("model")),
+        "time": seconds_text(done.get("seconds")), "on": [], "how": [], "memory": "–",
+    }  # fmt: skip
+    wall, memory = number(done.get("wall_seconds")), number(done.get("peak_memory_mb"))
+    if wall is not None and wall > 1.05 * (number(done.get("seconds")) or wall):
+        row["time"] += f" ({seconds_text(wall)} with loading, validating and saving)"
+    if memory is not None:
+        row["memory"] = f"{memory:,.0f} MB" if memory < 10_000 else f"{memory / 1024:,.1f} GB"
+    parameters = number(done.get("parameters"))
+    if stage.kind == "train":
+        trained = f" ({parameters:,.0f} parameters)" if parameters else ""
+        row["what"] = f"{kind_text(settings.get('objective'))}; tuner {kind_text(settings.get('tuner'))}{trained}"
+        row["on"], row["how"] = list(_learned_from(settings, done)), list(_how_long(stage))
+    elif stage.kind == "evaluate":
+        row["what"] = "evaluation" + (f", KL to {source_text(settings['kl_to'])}" if settings.get("kl_to") else "")
+        row["on"] = [task_text(settings.get("task"))]
+    else:
+        row["what"] = f"new model, {parameters:,.0f} parameters" if parameters else stage.kind
+        row["on"] = [_sources(settings.get("data"))] if settings.get("data") else []
+    return row
+
+
+def _learned_from(settings: dict[str, Any], done: dict[str, Any]) -> Iterator[str]:
+    if settings.get("data"):
+        yield _sources(settings["data"])
+        names = (("rows", "rows"), ("tokens", "tokens"), ("trained_tokens", "of them trained"))
+        counts = [(number(dig(done, "data", name)), word) for name, word in names]
+        if any(count is not None for count, _ in counts):
+            yield ", ".join(f"{count:,.0f} {word}" for count, word in counts if count is not None)
+    if settings.get("task"):
+        problems, rollout = number(done.get("problems")), settings.get("rollout")
+        yield task_text(settings["task"]) + (f": {problems:,.0f} problems" if problems is not None else "")
+        yield f"rollouts of {dig(rollout, 'problems')} problems × {dig(rollout, 'per_problem')} samples"
+
+
+def _how_long(stage: Ran) -> Iterator[str]:
+    rows, _ = stage.lines("metrics.jsonl")
+    steps = number(dig(stage.done, "steps"))
+    tokens = sum(number(row.get("tokens")) or 0.0 for row in rows)
+    settings, best = stage.settings, dig(stage.done, "best")
+    seconds = settings.get("seconds")
+    epochs, limit = number(settings.get("epochs")), number(dig(seconds, "of"))
+    planned = f"{epochs:g} epochs" if epochs else f"{limit:g} s" if limit else ""
+    planned = f"as long as stage {dig(seconds, 'stage')}" if dig(seconds, "stage") else planned
+    count = plural(int(steps if steps is not None else len(rows)), "update")
+    yield count + (f" ({planned})" if planned else "") + (f", {tokens:,.0f} tokens" if tokens else "")
+    optim = settings.get("optim")
+    rate = number(dig(optim, "learning_rate"))
+    if rate is not None:
+        yield f"learning rate {rate:g}, {dig(optim, 'schedule')}"
+    step, value = number(dig(best, "step")), number(dig(best, "value"))
+    if step is not None:
+        name = str(dig(settings, "validation", "best"))
+        yield f"kept the weights of update {step:.0f}" + (f": {name} {value_text(name, value)}" if value is not None else "")
+    if dig(stage.done, "stopped"):
+        yield f"stopped: {dig(stage.done, 'stopped')}"
+
+
+def kind_text(section: Any) -> str:
+    """`lora, rank 16, alpha 32`: a component's kind and its plain settings."""
+    if not isinstance(section, dict):
+        return str(section or "–")
+    given = {key: value for key, value in section.items() if key != "kind" and value is not None}
+    plain = [f"{key} {value:g}" if number(value) is not None else f"{key} {value}" for key, value in given.items()]
+    return ", ".join([str(section.get("kind", "")), *plain])
+
+
+def source_text(model: Any) -> str:
+    if not isinstance(model, dict):
+        return str(model or "–")
+    return f"stage {model['stage']}" if model.get("stage") else str(model.get("path") or "–")
+
+
+def task_text(task: Any) -> str:
+    limit = number(dig(task, "limit"))
+    source = dig(task, "source")
+    where = f": {_source(source)}" if source else ""
+    return f"{dig(task, 'kind') or 'task'}{where}" + (f", the first {limit:,.0f}" if limit else "")
+
+
+def _sources(data: Any) -> str:
+    sources = dig(data, "sources")
+    return " + ".join(map(_source, sources)) if isinstance(sources, list) else str(data)
+
+
+def _source(source: Any) -> str:
+    named = [str(dig(source, key)) for key in ("path", "name", "kind") if dig(source, key)]
+    where = named[0] if named else str(source)
+    return where.removeprefix("posttrain:data/") + (f" rows {source['rows']}" if dig(source, "rows") else "")
+
+
+def training_sections(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
+    """(curves and samples of each training, notes about lines that could not be read)."""
+    from markupsafe import Markup
+
+    from posttrain.pipeline.plots import curve_svg, curves
+
+    sections, notes = [], []
+    for stage in run.stages.values():
+        rows, damaged = stage.lines("metrics.jsonl")
+        samples, more = stage.lines("samples.jsonl")
+        notes += damaged + more
+        if not rows and not samples:
+            continue
+        drawn, constant = curves(rows)
+        best = number(dig(stage.done, "best", "step"))
+        plots = [
+            {"title": each.title, "span": each.span, "svg": Markup(curve_svg(each, int(best) if best else None, stage.name))}
+            for each in drawn
+        ]
+        sections.append({
+            "name": stage.name, "plots": plots, "constant": constant, "best": best and int(best), "updates": len(rows),
+            "noisy": any(each.noisy for each in drawn), "bands": any(each.bands for each in drawn), "samples": samples_over_time(samples),
+        })  # fmt: skip
+    return sections, notes
+
+
+def samples_over_time(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A few samples from the beginning to the end of a training, the first of their updates: not chosen by how good they are."""
+    steps: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        step = number(row.get("step"))
+        if step is not None:
+            steps.setdefault(int(step), []).append(row)
+    kept = sorted(steps)
+    if len(kept) > SHOWN_STEPS:
+        kept = [kept[round(place * (len(kept) - 1) / (SHOWN_STEPS - 1))] for place in range(SHOWN_STEPS)]
+    return [
+        {"step": step, "id": row.get("id"), "text": row.get("text"), **judged(row.get("score"))}
+        for step in kept
+        for row in steps[step][:SHOWN_PER_STEP]
+    ]
+
+
+def judged(score: Any) -> dict[str, str]:
+    """How an answer was judged: a mark, a word, and a class for its colour."""
+    value = number(score)
+    if value is None:
+        return {"mark": "?", "word": "not graded", "judged": "ungraded"}
+    if value >= RIGHT:
+        return {"mark": "✓", "word": "right", "judged": "right"}
+    return {"mark": "✗", "word": "wrong" if value == 0 else f"wrong, score {value:.3g}", "judged": "wrong"}
+
+
+def side_by_side(run: Run, group: Sequence[Ran]) -> dict[str, Any] | None:
+    """What the evaluations of a group answered to the same problems; first, each kind in turn, what is judged differently."""
+    answered = []
+    for stage in group:
+        first: dict[str, dict[str, Any]] = {}
+        for row in stage.lines("answers.jsonl")[0]:
+            first.setdefault(str(row.get("id")), row)
+        if first:
+            answered.append((stage, first))
+    shared = [name for name in answered[0][1] if all(name in rows for _, rows in answered)] if answered else []
+    if not shared:
+        return None
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for name in shared:
+        kinds.setdefault(tuple(judged(rows[name].get("score"))["mark"] for _, rows in answered), []).append(name)
+    order = sorted(kinds, key=lambda marks: (len(set(marks)) == 1, -len(kinds[marks])))
+    unlike = [kinds[marks] for marks in order if len(set(marks)) > 1]
+    alike = [kinds[marks] for marks in order if len(set(marks)) == 1]
+    chosen = [name for part in (unlike, alike) for turn in zip_longest(*part) for name in turn if name is not None]
+    problems = []
+    for name in chosen[:SHOWN_ANSWERS]:
+        about = answered[0][1][name]
+        texts = [
+            {"stage": run.label(stage), "text": rows[name].get("text"), "stop": rows[name].get("stop"), **judged(rows[name].get("score"))}
+            for stage, rows in answered
+        ]
+        problems.append({"id": name, "prompt": about.get("prompt"), "answer": about.get("answer"), "texts": texts})
+    greedy = dig(group[0].settings, "evaluation", "greedy") is not False
+    return {
+        "stages": [run.label(stage) for stage, _ in answered], "shared": len(shared), "unlike": sum(map(len, unlike)),
+        "kinds": [(marks, len(kinds[marks])) for marks in order][:8], "greedy": greedy, "problems": problems,
+    }  # fmt: skip
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Where it all comes from, and how to have it again."""
+    import yaml
+
+    stages = list(run.stages.values())
+    versions: dict[str, list[str]] = {}
+    marks: dict[str, str] = {}
+    for stage in stages:
+        for library, number_ in (dig(stage.about, "versions") or {}).items():
+            if str(number_) not in versions.setdefault(str(library), []):
+                versions[str(library)].append(str(number_))
+        marks |= {f"{name} (stage {stage.name})": str(mark) for name, mark in (dig(stage.about, "facts", "fingerprints") or {}).items()}
+    said = Counter(str(dig(stage.about, "git")) for stage in stages if dig(stage.about, "git"))
+    code = Counter(str(dig(stage.about, "facts", "code")) for stage in stages if dig(stage.about, "facts", "code"))
+    logged = [number(dig(row, "time", "at")) for stage in stages for row in stage.lines("metrics.jsonl")[0]]
+    times = [at for at in logged if at is not None and 0 <= at < YEAR_9999]
+    return {
+        "seed": run.recipe.get("seed"), "git": list(said), "code": list(code), "versions": versions, "fingerprints": marks,
+        "keys": {stage.name: (str(stage.about.get("key", "–")), stage.folder.name) for stage in stages},
+        "when": [time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at)) for at in (min(times), max(times))] if times else [],
+        "recipe": yaml.safe_dump(runnable(run.recipe), sort_keys=False, allow_unicode=True, width=120),
+        "command": f"posttrain run {shlex.quote(run.name + '.yaml')}",
+    }  # fmt: skip
+
+
+def runnable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The resolved recipe such that it can be run again: a stage may not name the sections that it does not use."""
+    stages = {}
+    for name, stage in (recipe.get("stages") or {}).items():
+        unused = {"task", "rollout"} if dig(stage, "kind") == "train" and not dig(stage, "task") else set()
+        stages[name] = {key: value for key, value in stage.items() if key not in unused} if isinstance(stage, dict) else stage
+    return {**{key: value for key, value in recipe.items() if value is not None}, "stages": stages}

@@ -1,0 +1,349 @@
+"""What must hold for every objective, under every tuner: registered kinds are found by themselves, examples in example_batches.py."""
+
+import hashlib
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from example_batches import EXAMPLES, draw, only, rows
+from tiny_models import make, twin
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from posttrain.batch import Sequences
+from posttrain.models.load import wrap
+from posttrain.models.roles import Frozen, Roles
+from posttrain.models.source import ModelSource
+from posttrain.objectives import GRPO, Objective, OnPolicy
+from posttrain.sampling import Sampling
+from posttrain.sampling.engine import Engine, Request
+from posttrain.text import Grade, Problem, Sample
+from posttrain.train.fit import Training, count_units, fit, in_pieces
+from posttrain.train.optim import AdamW
+from posttrain.train.record import Recorder
+from posttrain.train.settings import Checkpoints
+from posttrain.train.updates import Item, Update
+from posttrain.tuners import LoRA, Tuner, tuned
+
+KINDS = {kind: cls for kind, cls in Objective.kinds.items() if ":" not in kind}
+TUNERS = {"full": {}, "lora": {"rank": 3, "alpha": 5.0}}
+EXACT = {"float64": ("gpt2", 1e-10), "float32": ("llama", 1e-5)}  # gpt2, as the norms of llama go through float32
+
+examples = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.name}-{example.batch.__name__}")
+tuners = pytest.mark.parametrize("tuner", TUNERS)
+
+
+def build(name, dtype, tuner, moved=True):
+    """A model with a tuner in it; `moved`: as if trained, so that no part of the tuner is zero."""
+    lm = make(name, dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Tuner.lookup(tuner)(**TUNERS[tuner]).install(lm.model)
+        for key, parameter in tuned(lm.model).items():
+            if moved and tuner != "full" and "lora_B" in key:
+                nn.init.normal_(parameter, std=0.1)
+    return lm
+
+
+def objective_of(example):
+    return Objective.lookup(example.kind)(**example.settings)
+
+
+def update_of(example, batch):
+    return Update((Item(objective_of(example), batch, [f"row {row}" for row in range(batch.count)]),))
+
+
+class Fixed:
+    """The same update, or the same few, for ever."""
+
+    def __init__(self, *updates):
+        self.updates, self.given = updates, 0
+
+    def __next__(self):
+        self.given += 1
+        return self.updates[(self.given - 1) % len(self.updates)]
+
+    def state(self):
+        return {"given": self.given}, {}
+
+
+class Watcher:
+    """Stands where a recorder stands: keeps the metrics."""
+
+    def __init__(self):
+        self.metrics = []
+
+    def step(self, _run, _update, metrics, _seconds):
+        self.metrics.append(metrics)
+
+    def end(self, _run):
+        pass
+
+
+class Capture(torch.optim.SGD):
+    """Keeps the gradient that it is asked to apply, and applies nothing."""
+
+    def step(self):
+        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+
+def fitted(lm, update, micro_tokens):
+    """(gradients, metrics) of one update by the training loop itself, nothing applied."""
+    parameters, record = tuned(lm.model), Watcher()
+    optimizer = Capture(list(parameters.values()), lr=1.0)
+    plan = SimpleNamespace(clip=None, rate=lambda _step, _steps: 1.0)
+    fit(Training(lm, parameters, optimizer, plan, Fixed(update), steps=1, micro_tokens=micro_tokens), record)
+    return torch.cat([grad.flatten() for grad in optimizer.seen]), record.metrics[0]
+
+
+def relative(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+def total_of(lm, update):
+    """The loss of a whole update, in one piece."""
+    units = count_units(update)
+    terms = [
+        term / max(1, units[item.objective.kind, name])
+        for item in update.items
+        for name, term in item.objective.loss(lm, item.batch).terms.items()
+    ]
+    return sum(terms)
+
+
+def test_every_registered_objective_has_an_example_and_every_tuner_its_settings():
+    missing = set(KINDS) - {example.kind for example in EXAMPLES}
+    assert not missing, f"add an example batch for {sorted(missing)} to tests/example_batches.py"
+    unknown = {kind for kind in Tuner.kinds if ":" not in kind} - set(TUNERS)
+    assert not unknown, f"add small settings for the tuners {sorted(unknown)} to TUNERS"
+
+
+@examples
+@tuners
+@pytest.mark.parametrize("dtype", EXACT)
+def test_splitting_a_batch_does_not_change_the_gradient_or_the_figures(example, tuner, dtype):
+    name, exactness = EXACT[dtype]
+    lm = build(name, dtype, tuner)
+    batch = example.batch(lm)
+    assert batch.count == 8
+    assert len(set(batch.lengths.tolist())) > 4
+    update = update_of(example, batch)
+    whole, figures = fitted(lm, update, 10**6)
+    assert float(whole.norm()) > 1e-3
+    for micro_tokens, pieces in ((1, [1] * 8), (45, [2, 1, 1, 2, 1, 1]), (80, [3, 4, 1])):
+        assert [piece.batch.count for piece in in_pieces(update, micro_tokens)] == pieces
+        split, same = fitted(lm, update, micro_tokens)
+        assert relative(split, whole) < exactness
+        assert same == pytest.approx(figures, rel=1e-9 if dtype == "float64" else 1e-5, abs=1e-6)
+    assert relative(fitted(twin(lm, "padded"), update, 45)[0], whole) < exactness
+
+
+@examples
+def test_the_units_of_the_pieces_add_up_to_those_of_the_update(example):
+    update = update_of(example, example.batch(make("llama")))
+    pieces = [count_units(Update((piece,))) for piece in in_pieces(update, 45)]
+    assert {key: sum(each[key] for each in pieces) for key in pieces[0]} == count_units(update)
+
+
+@examples
+@tuners
+def test_the_order_of_the_rows_does_not_matter(example, tuner):
+    lm = build("gpt2", "float64", tuner)
+    batch = example.batch(lm)
+    whole, figures = fitted(lm, update_of(example, batch), 60)
+    for order in ([7, 6, 5, 4, 3, 2, 1, 0], [3, 0, 5, 2, 7, 4, 1, 6]):
+        other, same = fitted(lm, update_of(example, only(batch, order)), 60)
+        assert relative(other, whole) < 1e-10
+        assert same == pytest.approx(figures, rel=1e-9)
+
+
+@examples
+@tuners
+def test_the_gradient_is_the_finite_difference_of_the_loss(example, tuner):
+    lm = build("gpt2", "float64", tuner)
+    update = update_of(example, example.batch(lm))
+    parameters = list(tuned(lm.model).values())
+    exact = torch.autograd.grad(total_of(lm, update), parameters, allow_unused=True)
+    start = [value.detach().clone() for value in parameters]
+    for seed in range(3):
+        draws = torch.Generator().manual_seed(seed)
+        direction = [torch.randn(value.shape, generator=draws, dtype=torch.float64) for value in parameters]
+        ends = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                for value, first, way in zip(parameters, start, direction, strict=True):
+                    value.copy_(first + step * way)
+                ends.append(float(total_of(lm, update)))
+        slope = sum(float((grad * way).sum()) for grad, way in zip(exact, direction, strict=True) if grad is not None)
+        assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(slope, rel=1e-6, abs=1e-7)
+
+
+@examples
+@tuners
+def test_a_batch_with_nothing_to_train_gives_a_zero_that_back_propagates(example, tuner):
+    lm = build("llama", "float32", tuner)
+    batch = only(example.batch(lm), [1, 5])  # the row with nothing trained, and the row of one token
+    gradient, figures = fitted(lm, update_of(example, batch), 10**6)
+    assert gradient.abs().max() == 0
+    assert all(math.isfinite(value) for value in figures.values())
+    terms = objective_of(example).loss(lm, batch).terms
+    assert {name: float(term.detach()) for name, term in terms.items()} == dict.fromkeys(terms, 0.0)
+    assert all(term.requires_grad for term in terms.values())
+
+
+@examples
+@tuners
+def test_frozen_means_frozen_and_the_optimizer_holds_nothing_else(example, tuner, tmp_path):
+    lm = build("llama", "float32", tuner)
+    parameters = tuned(lm.model)
+    frozen = {name: value for name, value in lm.model.state_dict(keep_vars=True).items() if not value.requires_grad}
+    before = {name: digest(value) for name, value in {**frozen, **parameters}.items()}
+    assert bool(frozen) == (tuner != "full")
+    settings = AdamW(learning_rate=1e-2, warmup=0.0, schedule="constant", weight_decay=0.1)
+    optimizer = settings.build(parameters)
+    held = [id(value) for group in optimizer.param_groups for value in group["params"]]
+    assert sorted(held) == sorted(id(value) for value in parameters.values())
+    run = Training(lm, parameters, optimizer, settings, Fixed(update_of(example, example.batch(lm))), steps=3, micro_tokens=60)
+    fit(run, Recorder(tmp_path, "owner", Checkpoints(every=10)))
+    assert {name: digest(value) for name, value in frozen.items()} == {name: before[name] for name in frozen}
+    assert all(value.grad is None for value in frozen.values())
+    still = [name for name, value in parameters.items() if digest(value) == before[name]]
+    assert not still, f"these did not move: {still}"
+
+
+def digest(value):
+    return hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest()
+
+
+# ---- on policy
+
+
+def sampled(lm, temperature, version=0):
+    """Graded samples of two problems of the policy as it is."""
+    engine = Engine(lm, Sampling(max_tokens=6, temperature=temperature), stop_ids=[1, 2, 3, 4, 5], seed=3)
+    prompts = {"p": draw(19, 1), "q": draw(4, 2)}
+    for name, prompt in prompts.items():
+        for index in range(6):
+            engine.add(Request(tuple(prompt), (name, index)))
+    samples, grades = [], []
+    while (done := engine.next()) is not None:
+        prompt, (name, index) = done.request.tokens, done.request.address
+        marks = (False,) * len(prompt) + (True,) * len(done.tokens)
+        samples.append(Sample(Problem(name, ()), index, (*prompt, *done.tokens), marks, tuple(done.logp), done.stop, "", version))
+        grades.append(Grade(None, failure="no answer") if (name, index) == ("q", 0) else Grade(float(sum(done.tokens) % 3)))
+    return samples, grades
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mamba"])
+@pytest.mark.parametrize("kind", [kind for kind, cls in KINDS.items() if issubclass(cls, OnPolicy)])
+def test_in_the_first_update_every_ratio_is_one_and_nothing_is_clipped(kind, name, temperature):
+    lm, objective = make(name), Objective.lookup(kind)()
+    samples, grades = sampled(lm, temperature)
+    batch = objective.credit(samples, grades, Roles(), temperature)
+    assert batch.count == 11  # what could not be graded takes no part
+    assert {one.stop for one in samples} == {"end", "length"}
+    with torch.no_grad():
+        gap = lm.logprobs(batch.seqs, temperature=temperature) - batch.sampled_logp
+    assert float(gap.abs().max()) < 1e-5
+    _, figures = fitted(lm, Update((Item(objective, batch, [""] * batch.count),)), 60)
+    assert figures["ratio"] == pytest.approx(1, abs=1e-5)
+    assert figures["clip_fraction"] == 0
+    assert figures["mismatch"] < 1e-5
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_before_the_first_update_the_kl_to_the_reference_is_zero(tuner):
+    lm, objective = build("llama", "float32", tuner, moved=False), GRPO(kl=0.1)
+    settings = Tuner.lookup(tuner)(**TUNERS[tuner])
+    switch = (lambda: settings.switched_off(lm.model)) if settings.reversible else None
+    reference = Frozen(lm, switch) if switch else Frozen(make("llama"))
+    samples, grades = sampled(lm, 0.7)
+    batch = objective.credit(samples, grades, Roles(reference), 0.7)
+    with torch.no_grad():
+        assert torch.equal(batch.ref_logp, lm.logprobs(batch.seqs, temperature=0.7))
+    assert fitted(lm, Update((Item(objective, batch, [""] * batch.count),)), 10**6)[1]["kl"] == 0.0
+
+
+def test_an_update_raises_the_probability_of_what_was_better_than_its_group():
+    lm, objective = build("llama", "float32", "full"), GRPO()
+    batch = objective.credit(*sampled(lm, 1.0), Roles(), 1.0)
+    settings, parameters = AdamW(learning_rate=1e-3, warmup=0.0, schedule="constant"), tuned(lm.model)
+    run = Training(lm, parameters, settings.build(parameters), settings, Fixed(Update((Item(objective, batch, [""] * 11),))), steps=1)
+    fit(run, Watcher())
+    with torch.no_grad():
+        change = lm.logprobs(batch.seqs) - batch.sampled_logp
+    assert float((change * batch.advantage).sum()) > 0.1
+    assert float(change[batch.advantage > 0].mean()) > 0 > float(change[batch.advantage < 0].mean())
+
+
+# ---- LoRA
+
+
+def logp_of(lm):
+    with torch.no_grad():
+        return lm.logprobs(Sequences.of(rows()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_lora_changes_nothing_when_it_is_installed_bit_for_bit(name):
+    before = logp_of(make(name))
+    assert torch.equal(logp_of(build(name, "float32", "lora", moved=False)), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_lora_switched_off_is_the_base_and_merged_is_what_it_was(name):
+    base, lm, tuner = logp_of(make(name)), build(name, "float32", "lora"), LoRA(**TUNERS["lora"])
+    trained = logp_of(lm)
+    assert float((trained - base).abs().mean()) > 0.01
+    with tuner.switched_off(lm.model):
+        assert torch.equal(logp_of(lm), base)
+    assert torch.equal(logp_of(lm), trained)
+    tuner.merge(lm.model)
+    torch.testing.assert_close(logp_of(lm), trained, rtol=0, atol=1e-5)
+    assert not [key for key in lm.model.state_dict() if "lora" in key]
+    assert set(lm.model.state_dict()) == set(make(name).model.state_dict())
+
+
+def test_at_first_only_b_has_a_gradient():
+    lm = build("llama", "float32", "lora", moved=False)
+    fitted_grads = torch.autograd.grad(lm.logprobs(Sequences.of(rows())).sum(), list(tuned(lm.model).values()))
+    largest = {key: float(grad.abs().max()) for key, grad in zip(tuned(lm.model), fitted_grads, strict=True)}
+    assert all(value == 0 for key, value in largest.items() if "lora_A" in key)
+    assert all(value > 0 for key, value in largest.items() if "lora_B" in key)
+    assert len(largest) == 2 * 7 * 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "targets", "expected"), [(16, "all-linear", 39_976_960), (8, ["q_proj", "v_proj"], 4_194_304)]
+)
+def test_the_number_of_lora_parameters_is_rank_times_inputs_and_outputs(rank, targets, expected):
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        LoRA(rank=rank, targets=targets).install(model)
+    assert sum(value.numel() for value in tuned(model).values()) == expected
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8.0)])
+def test_lora_adds_alpha_over_rank_times_b_a(rslora, scale):
+    lm = make("llama")
+    before = lm.model.model.layers[1].mlp.up_proj.weight.clone()
+    tuner = LoRA(rank=4, alpha=16.0, rslora=rslora, targets=["up_proj"])
+    tuner.install(lm.model)
+    layer = lm.model.model.layers[1].mlp.up_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    nn.init.normal_(b)
+    expected = before + scale * (b @ a)
+    tuner.merge(lm.model)
+    torch.testing.assert_close(lm.model.model.layers[1].mlp.up_proj.weight, expected, rtol=0, atol=1e-6)
+
+
+def test_lora_trains_under_gradient_checkpointing_although_the_embeddings_are_frozen():
+    found = []
+    for saving in (False, True):
+        lm = wrap(build("llama", "float32", "lora").model, ModelSource(path="tiny", gradient_checkpointing=saving))
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(lm.logprobs(Sequences.of(rows())).sum(), list(tuned(lm).values()))]))
+    assert float(found[0].norm()) > 1e-3
+    assert relative(found[1], found[0]) < 1e-6
