@@ -16,7 +16,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 ORDER = [
     "errors", "component", "yaml", "paths", "draws", "faults", "text", "batch",
     "losses", "data", "models", "tuners", "objectives", "sampling", "tasks", "rl", "evaluate", "train", "synth", "compress",
-    "pipeline", "check", "api", "report", "cli",
+    "pipeline", "check", "api", "cli",
 ]  # fmt: skip
 LONGEST = 400
 HEAVY = {"torch", "transformers", "peft", "safetensors", "tokenizers", "datasets", "pyarrow", "matplotlib"}

@@ -194,6 +194,18 @@ def test_a_batch_with_nothing_to_train_gives_a_zero_that_back_propagates(example
 
 @examples
 @tuners
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_a_batch_of_no_rows_at_all_gives_a_zero_that_back_propagates_too(example, tuner, layout):
+    lm = build("llama", "float32", tuner)
+    loss = objective_of(example).loss(twin(lm, layout), example.batch(lm).select([]))
+    total = sum(loss.terms.values())
+    assert float(total.detach()) == 0.0
+    total.backward()
+    assert all(value.grad is None or value.grad.abs().max() == 0 for value in tuned(lm.model).values())
+
+
+@examples
+@tuners
 def test_frozen_means_frozen_and_the_optimizer_holds_nothing_else(example, tuner, tmp_path):
     lm = build("llama", "float32", tuner)
     parameters = tuned(lm.model)

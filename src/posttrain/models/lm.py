@@ -47,6 +47,11 @@ class LM(nn.Module):
         """The model below its vocabulary head."""
         return self.model.base_model
 
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the model was made for; None where there is no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.mixed else nullcontext()
 
@@ -58,7 +63,7 @@ class LM(nn.Module):
             ).last_hidden_state[0]
 
     def _hidden(self, seqs: tuple[Sequences, ...]) -> list[Float[Tensor, "N D"]]:
-        if self.layout == "padded":
+        if self.layout == "padded" and sum(each.count for each in seqs):
             plain = layout.padded(seqs)
             with self.precision():
                 states = self.backbone(
@@ -67,9 +72,14 @@ class LM(nn.Module):
             return [states[rows.to(self.device), columns.to(self.device)] for rows, columns in plain.predictors]
         plan = layout.tree([row for each in seqs for row in each.rows()])
         if not len(plan.tokens):
-            return [torch.zeros(0, self.model.config.get_text_config().hidden_size, device=self.device) for _ in seqs]
+            return [self._nothing() for _ in seqs]
         states = self.states(plan, TreePlan(plan))
         return [states[index.to(self.device)] for index in layout.predictors(plan, seqs)]
+
+    def _nothing(self) -> Float[Tensor, "0 D"]:
+        """No states, with a gradient all the same: a batch with nothing to train is a zero that back-propagates."""
+        anchor = next((each for each in self.model.parameters() if each.requires_grad), self.head.get_parameter("weight"))
+        return anchor.reshape(-1, 1)[:0].expand(0, self.model.config.get_text_config().hidden_size)
 
     @overload
     def hidden(self, seqs: Sequences, /) -> Tensor: ...

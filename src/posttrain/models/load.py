@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -47,7 +48,7 @@ def load(source: ModelSource | str | Path) -> Loaded:
             name, config=config, dtype=DTYPES[source.dtype], use_safetensors=True, output_loading_info=True, **shared
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **shared)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source.path}: transformers cannot load this model: {first}") from None
     if missing := sorted(report["missing_keys"]):
@@ -136,5 +137,6 @@ def _relative(one: "Tensor", other: "Tensor") -> float:
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes an ordinary transformers folder: safetensors, config, tokenizer and chat template."""
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)

@@ -70,6 +70,8 @@ class GRPO(OnPolicy, kind="grpo"):
         return {"policy": batch.seqs.trained if self.aggregate == "token" else batch.count}
 
     def loss(self, policy: "LM", batch: "Rollouts") -> Loss:
+        if not self.kl:  # samples without an advantage have no gradient; they are counted in `units`, and need no forward
+            batch = batch.select(batch.seqs.owner[batch.advantage != 0].unique().tolist())
         logp = policy.logprobs(batch.seqs, temperature=batch.temperature)
         before = batch.sampled_logp if batch.old_logp is None else batch.old_logp
         per_token = losses.clipped_surrogate(logp, before, batch.advantage, self.clip_low, self.clip_high)
@@ -81,7 +83,8 @@ class GRPO(OnPolicy, kind="grpo"):
         return Loss({"policy": total}, self._stats(logp.detach(), before, batch))
 
     def _stats(self, logp: "Tensor", before: "Tensor", batch: "Rollouts") -> "dict[str, tuple[Tensor | float, int]]":
-        """Of the update as it happens: the ratio, how much was clipped, the entropy of what was sampled, the KL so far."""
+        """Of the update as it happens, over the tokens that have an advantage (with `kl`, over all): the ratio, how much was
+        clipped, the entropy of what was sampled, the difference between sampler and trainer, the KL so far."""
         count, ratio = len(logp), (logp - before).exp()
         clipped = (ratio > 1 + self.clip_high) & (batch.advantage > 0) | (ratio < 1 - self.clip_low) & (batch.advantage < 0)
         stats: dict[str, tuple[Tensor | float, int]] = {

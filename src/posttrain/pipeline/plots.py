@@ -7,28 +7,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from posttrain.evaluate import Figure
-from posttrain.pipeline.table import amount, dig, figure, is_share, known, number
+from posttrain.pipeline.table import amount, dig, figure, is_share, known, number, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-# What is logged, its title and its unit, in the order of the page. `%` is a share. What is not listed goes by its own name.
+# What is logged, its title and its unit, in the order of the page. `%` begins the unit of a share. Other quantities go by their names.
 LOGGED = {
-    "nll": ("Loss (negative log-likelihood)", "nats per trained token"),
+    "nll": ("Loss", "nats per trained token"),
     "reward": ("Reward", "mean score of the samples"),
     "entropy": ("Entropy of the samples", "nats per token"),
     "length": ("Length of the samples", "tokens"),
-    "cut_off": ("Samples cut off by the limit", "%"),
-    "mixed_groups": ("Groups with right and wrong answers", "%"),
-    "ungraded": ("Samples that could not be graded", "%"),
+    "cut_off": ("Samples cut off", "% of samples"),
+    "mixed_groups": ("Groups of mixed outcome", "% of groups"),
+    "ungraded": ("Not graded", "% of samples"),
     "kl": ("KL to the reference", "nats per token"),
-    "ratio": ("Ratio of policy to sampler", "mean over tokens"),
-    "clip_fraction": ("Clipped tokens", "%"),
-    "mismatch": ("Trainer against sampler", "mean |log p difference|"),
+    "ratio": ("Ratio policy / sampler", "mean over tokens"),
+    "clip_fraction": ("Clipped", "% of tokens"),
+    "mismatch": ("Trainer against sampler", "mean |difference| of log p"),
 }
-MACHINE = {"grad_norm": ("Gradient norm before clipping", "norm"), "lr": ("Learning rate", "")}
-VALIDATED = {"nll": "nats per token", "length": "tokens", "kl": "nats per answer", "score": "mean score"}
+MACHINE = {"grad_norm": ("Gradient norm", "before clipping"), "lr": ("Learning rate", "rate")}
+VALIDATED = {"pass@1": "% of samples", "ended": "% of samples", "nll": "nats per token", "length": "tokens", "kl": "nats per answer"}
 FIRST = ("pass@1", "greedy", "nll", "score")  # of the validation metrics
 NOT_DRAWN = {"step", "tokens", "validation", "time"}
 
@@ -60,31 +60,32 @@ class Curve:
     values: tuple[float, ...]
     weight: tuple[float, ...] = ()
     bands: tuple[tuple[float, float], ...] = ()
-    validated: str | None = None  # the validation metric that it is
+    validated: bool = False
+    exact: bool = False  # set, not measured: there is nothing to smooth
 
     @property
     def percent(self) -> bool:
-        return self.unit == "%"
+        return self.unit.startswith("%")
 
     @property
     def noisy(self) -> bool:
-        return self.validated is None and len(self.steps) >= NOISY
+        return not (self.validated or self.exact) and len(self.steps) >= NOISY
 
     @property
     def constant(self) -> bool:
         """It never changed by more than rounding: a number says it better than a plot."""
         size = max(map(abs, self.values), default=0.0)
-        return len(self.steps) > 1 and self.validated is None and max(self.values) - min(self.values) <= 1e-4 * size
+        return len(self.steps) > 1 and not self.validated and max(self.values) - min(self.values) <= 1e-4 * size
 
     def smooth(self) -> tuple[float, ...]:
-        """The mean over the last so many updates, of sums and not of means where the points have weights."""
+        """The mean over the updates around each, of sums and not of means where the points have weights."""
         if not self.noisy:
             return self.values
-        window = max(2, len(self.values) // WINDOWS)
+        half = max(1, len(self.values) // WINDOWS // 2)
         weight = self.weight or (1.0,) * len(self.values)
         means = []
-        for end in range(1, len(self.values) + 1):
-            part = slice(max(0, end - window), end)
+        for place in range(len(self.values)):
+            part = slice(max(0, place - half), place + half + 1)
             total = math.fsum(value * each for value, each in zip(self.values[part], weight[part], strict=True))
             means.append(total / math.fsum(weight[part]))
         return tuple(means)
@@ -92,14 +93,13 @@ class Curve:
     def text(self, value: float) -> str:
         if self.percent:
             return f"{100 * value:.1f}%"
-        return amount(value) if value == 0 or abs(value) >= 0.001 else f"{value:.1e}".replace("e-0", "e-")
+        return amount(value) if value == 0 or abs(value) >= 0.001 else plain(value)
 
     @property
     def span(self) -> str:
         """`0.40 → 0.62`: where it began and where it ended (of the running mean, where there is one)."""
         smooth = self.smooth()
-        window = len(smooth) // WINDOWS if self.noisy else 0  # the first whole window
-        return f"{self.text(smooth[window])} → {self.text(smooth[-1])}" if len(smooth) > 1 else self.text(smooth[-1])
+        return f"{self.text(smooth[0])} → {self.text(smooth[-1])}" if len(smooth) > 1 else self.text(smooth[-1])
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> tuple[list[Curve], list[str]]:
@@ -114,7 +114,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> tuple[list[Curve], list[str]]:
     found.append(_speed(rows))
     drawn = [curve for curve in found if curve.steps]
     constant = [curve for curve in drawn if curve.constant]
-    lines = [f"{curve.title}: {curve.text(curve.values[0])} {curve.unit.strip('%')}".strip() for curve in constant]
+    lines = [f"{curve.title} {curve.text(curve.values[0])}" for curve in constant]
     return [curve for curve in drawn if curve not in constant], lines
 
 
@@ -123,7 +123,8 @@ def _logged(rows: Sequence[dict[str, Any]], name: str) -> Curve:
     if name.startswith("loss/"):
         title, unit = f"Loss ({name.removeprefix('loss/')})", "mean of the update"
     pairs = [(row["step"], value) for row in rows if (value := number(row.get(name))) is not None]
-    return Curve(title, unit, tuple(float(step) for step, _ in pairs), tuple(value for _, value in pairs))
+    steps, values = tuple(float(step) for step, _ in pairs), tuple(value for _, value in pairs)
+    return Curve(title, unit, steps, values, exact=name == "lr")
 
 
 def _validated(rows: Sequence[dict[str, Any]]) -> list[Curve]:
@@ -141,12 +142,12 @@ def _validated(rows: Sequence[dict[str, Any]]) -> list[Curve]:
     ordered = [name for name in FIRST if name in points] + [name for name in points if name not in FIRST]
     found = []
     for name in ordered:
-        unit = "%" if is_share(name) else VALIDATED.get(name, "")
+        unit = VALIDATED.get(name, "% of problems" if is_share(name) else "")
         steps, figures = zip(*points[name], strict=True)
         whole = [known(each.low) and known(each.high) for each in figures]
         bands = tuple((each.low, each.high) if there else (each.value,) * 2 for each, there in zip(figures, whole, strict=True))
         values = tuple(each.value for each in figures)
-        found.append(Curve(f"Validation: {name}", unit, steps, values, bands=bands if any(whole) else (), validated=name))
+        found.append(Curve(f"Validation: {name}", unit, steps, values, bands=bands if any(whole) else (), validated=True))
     return found
 
 
@@ -180,7 +181,7 @@ def curve_svg(curve: Curve, best: int | None = None, place: str = "") -> str:
         _scales(axes, curve.percent)
         _mark_best(axes, curve, best)
         axes.set_xlabel("update", color=MUTED, fontsize=7.5, loc="right", labelpad=1)
-        axes.set_title("share" if curve.percent else curve.unit, color=MUTED, fontsize=7.5, loc="left", pad=6)
+        axes.set_title(curve.unit, color=MUTED, fontsize=7.5, loc="left", pad=6)
         return svg_of(canvas, f"{place} {curve.title}")
 
 
@@ -252,8 +253,8 @@ def _scales(axes: "Axes", percent: bool, horizontal: bool = False) -> None:
 
 
 def _tick(value: float) -> str:
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return text.replace("e-0", "e-").replace("-", "−", 1) if text.startswith("-") else text.replace("e-0", "e-")
+    text = f"{value:,.0f}" if abs(value) >= 1000 else plain(value)
+    return f"−{text[1:]}" if text.startswith("-") else text
 
 
 def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:

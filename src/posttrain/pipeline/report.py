@@ -94,8 +94,8 @@ def evaluation_table(run: Run, group: Sequence[Ran]) -> dict[str, Any]:
         found = [(name, stage.figures.get(name)) for name in columns]
         cells = [("–", "") if each is None else (value_text(name, each.value), interval_text(name, each)) for name, each in found]
         rows.append({
-            "name": stage.name, "model": source_text(stage.settings.get("model")), "cells": cells, "finished": stage.done is not None,
-            "seconds": seconds_text(dig(stage.done, "seconds")),
+            "name": stage.name, "model": source_text(stage.settings.get("model")), "cells": cells,
+            "finished": stage.done is not None, "seconds": seconds_text(dig(stage.done, "seconds")),
         })  # fmt: skip
     shown = [(run.label(each)[:30], each.figures[metric]) for each in having] if metric else []
     plot = intervals_svg([name for name, _ in shown], [each for _, each in shown], metric, group[0].name) if metric else ""
@@ -113,13 +113,8 @@ def stage_row(stage: Ran) -> dict[str, Any]:
     done, settings = stage.done or {}, stage.settings
     row: dict[str, Any] = {
         "name": stage.name, "kind": stage.kind, "finished": stage.done is not None, "model": source_text(settings.get("model")),
-        "time": seconds_text(done.get("seconds")), "on": [], "how": [], "memory": "–",
+        "cost": list(_cost(done)), "on": [], "how": [],
     }  # fmt: skip
-    wall, memory = number(done.get("wall_seconds")), number(done.get("peak_memory_mb"))
-    if wall is not None and wall > 1.05 * (number(done.get("seconds")) or wall):
-        row["time"] += f" ({seconds_text(wall)} with loading, validating and saving)"
-    if memory is not None:
-        row["memory"] = f"{memory:,.0f} MB" if memory < 10_000 else f"{memory / 1024:,.1f} GB"
     parameters = number(done.get("parameters"))
     if stage.kind == "train":
         trained = f" ({parameters:,.0f} parameters)" if parameters else ""
@@ -132,6 +127,16 @@ def stage_row(stage: Ran) -> dict[str, Any]:
         row["what"] = f"new model, {parameters:,.0f} parameters" if parameters else stage.kind
         row["on"] = [_sources(settings.get("data"))] if settings.get("data") else []
     return row
+
+
+def _cost(done: dict[str, Any]) -> Iterator[str]:
+    seconds, wall, memory = (number(done.get(name)) for name in ("seconds", "wall_seconds", "peak_memory_mb"))
+    if seconds is not None:
+        yield seconds_text(seconds)
+    if wall is not None and wall > 1.05 * (seconds or 0.0):
+        yield f"{seconds_text(wall)} with loading, validation and saving"
+    if memory is not None:
+        yield "peak " + (f"{memory:,.0f} MB" if memory < 10_000 else f"{memory / 1024:,.1f} GB")
 
 
 def _learned_from(settings: dict[str, Any], done: dict[str, Any]) -> Iterator[str]:
@@ -223,8 +228,9 @@ def training_sections(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
             for each in drawn
         ]
         sections.append({
-            "name": stage.name, "plots": plots, "constant": constant, "best": best and int(best), "updates": len(rows),
-            "noisy": any(each.noisy for each in drawn), "bands": any(each.bands for each in drawn), "samples": samples_over_time(samples),
+            "name": stage.name, "plots": plots, "constant": constant, "best": best and int(best), "updates": f"{len(rows):,}",
+            "noisy": any(each.noisy for each in drawn), "bands": any(each.bands for each in drawn),
+            "samples": samples_over_time(samples),
         })  # fmt: skip
     return sections, notes
 
@@ -278,9 +284,9 @@ def side_by_side(run: Run, group: Sequence[Ran]) -> dict[str, Any] | None:
     problems = []
     for name in chosen[:SHOWN_ANSWERS]:
         about = answered[0][1][name]
+        given = [(run.label(stage), rows[name]) for stage, rows in answered]
         texts = [
-            {"stage": run.label(stage), "text": rows[name].get("text"), "stop": rows[name].get("stop"), **judged(rows[name].get("score"))}
-            for stage, rows in answered
+            {"stage": label, "text": row.get("text"), "stop": row.get("stop"), **judged(row.get("score"))} for label, row in given
         ]
         problems.append({"id": name, "prompt": about.get("prompt"), "answer": about.get("answer"), "texts": texts})
     greedy = dig(group[0].settings, "evaluation", "greedy") is not False
@@ -301,7 +307,8 @@ def provenance(run: Run) -> dict[str, Any]:
         for library, number_ in (dig(stage.about, "versions") or {}).items():
             if str(number_) not in versions.setdefault(str(library), []):
                 versions[str(library)].append(str(number_))
-        marks |= {f"{name} (stage {stage.name})": str(mark) for name, mark in (dig(stage.about, "facts", "fingerprints") or {}).items()}
+        found = dig(stage.about, "facts", "fingerprints") or {}
+        marks |= {f"{name} (stage {stage.name})": str(mark) for name, mark in found.items()}
     said = Counter(str(dig(stage.about, "git")) for stage in stages if dig(stage.about, "git"))
     code = Counter(str(dig(stage.about, "facts", "code")) for stage in stages if dig(stage.about, "facts", "code"))
     logged = [number(dig(row, "time", "at")) for stage in stages for row in stage.lines("metrics.jsonl")[0]]

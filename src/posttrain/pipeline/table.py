@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,6 +188,11 @@ def amount(value: float) -> str:
     size = round(abs(value), 3)
     text = f"{value:.3f}" if size < 1 else f"{value:.2f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
     return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
+
+
+def plain(value: float) -> str:
+    """A setting or a small number: 0.001, 2e-5."""
+    return re.sub(r"e([+-])0", r"e\1", f"{value:.3g}")
 
 
 def value_text(name: str, value: float) -> str:

@@ -49,7 +49,7 @@ def _verdict(run: Run, group: Sequence[Ran]) -> str:
     count = f"On {plural(best.count, 'problem')}, " if best.count else ""
     text = f"{count}{run.label(top)} {(verb or metric + ' is {}').format(_with_interval(metric, best))}"
     if not rest:
-        return f"{text}. It is the only evaluation of its kind here: it shows what this model does, not that training made it better."
+        return f"{text}. It is the only evaluation of its kind here: it does not show that training made the model better."
     told: dict[bool | None, list[str]] = {}
     for each in rest:
         other = each.figures[metric]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveInt
 
 from posttrain.component import Component
+from posttrain.errors import DataError
 from posttrain.sampling.settings import Sampling
 
 if TYPE_CHECKING:
@@ -53,10 +54,16 @@ def sample(
     from posttrain.sampling.engine import Request
     from posttrain.text import Sample
 
+    prompts = [tuple(template.prompt(problem.prompt)) for problem in problems]
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if policy.context is not None and len(prompt) + sampling.max_tokens > policy.context:
+            raise DataError(
+                f"{problem.where or problem.id}: the prompt has {len(prompt)} tokens, and with sampling.max_tokens "
+                f"{sampling.max_tokens} exceeds the model's context of {policy.context}; lower max_tokens, or leave this problem out"
+            )
     engine = sampler.open(policy, sampling, sorted(template.stop_ids), seed)
     wanted: dict[tuple[int | str, ...], tuple[Problem, int]] = {}
-    for problem in problems:
-        prompt = tuple(template.prompt(problem.prompt))
+    for problem, prompt in zip(problems, prompts, strict=True):
         for index in range(per_problem):
             place = (*address, problem.id, index)
             wanted[place] = (problem, index)

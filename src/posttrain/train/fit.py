@@ -112,8 +112,10 @@ def refuse_nonfinite(total: torch.Tensor, item: Item, step: int) -> None:
 
 def clip(run: Training) -> float:
     """Clips the gradients and returns their norm before. Raises RunError, before any update, where it is not finite."""
-    grads = [parameter.grad for parameter in run.parameters.values() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
+    for parameter in run.parameters.values():  # an update without signal still follows the optimizer's momentum, everywhere
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in run.parameters.values() if parameter.grad is not None])
     if not math.isfinite(float(norm)):
         name = next(n for n, p in run.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all()))
         raise RunError(

@@ -12,6 +12,7 @@ from posttrain import draws
 from posttrain.batch import Sequences, micro_batches
 from posttrain.data.dataset import Loaded, Rendered
 from posttrain.data.render import Template
+from posttrain.errors import DataError
 from posttrain.evaluate import evaluate
 from posttrain.models.lm import LM
 from posttrain.models.load import load, save
@@ -111,6 +112,11 @@ def make_updates(
         return SampledUpdates(stream), settings.steps or UNBOUNDED
     assert settings.data is not None
     rendered = settings.data.render(rows[0], template)
+    if lm.context is not None and rendered.longest > lm.context:
+        raise DataError(
+            f"the longest row has {rendered.longest} tokens, but the model's context is {lm.context}; "
+            f"set data.max_tokens: {lm.context} (longer rows are then dropped and counted)"
+        )
     for line in rendered.summary():
         session.say(line)
     session.facts["data"] = {"rows": rendered.usable, "tokens": rendered.tokens, "trained_tokens": rendered.trained}

@@ -1,0 +1,159 @@
+"""The commands as a user types them: what they print, and the status they end with."""
+
+import json
+import sys
+
+import pytest
+from test_pipeline import TINY
+
+from posttrain.cli import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "tiny.yaml").write_text(TINY)
+    return folder
+
+
+@pytest.fixture
+def posttrain(place, monkeypatch, capsys):
+    """Runs a command in the folder with tiny.yaml; gives (exit status, printed, errors)."""
+
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "argv", ["posttrain", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        said = capsys.readouterr()
+        return int(stop.value.code or 0), said.out, said.err
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def model(place):
+    from posttrain import run
+
+    return run(place / "tiny.yaml", "stages.rl.steps=1", root=place / "runs").model("sft")
+
+
+@pytest.mark.parametrize("command", ["run", "train", "data", "eval", "sample", "chat", "report", "kinds", "init"])
+def test_every_command_helps_with_an_example(posttrain, command):
+    status, out, _ = posttrain(command, "--help")
+    assert status == 0
+    assert f"Example: posttrain {command}" in " ".join(out.replace("│", " ").split())
+
+
+def test_a_run_prints_the_table_and_the_reports_path_and_a_second_one_reuses_it(posttrain, place):
+    status, out, err = posttrain("run", "tiny.yaml", "stages.sft.steps=2")
+    assert (status, err) == (0, "")
+    assert "sft: runs (has not been run)" in out
+    assert "pass@1" in out
+    assert "report: runs/tiny/report.html" in out
+    assert (place / "runs/tiny/report.html").stat().st_size > 5000
+    status, out, _ = posttrain("run", "tiny.yaml", "stages.sft.steps=2")
+    assert status == 0
+    assert out.count("reused (nothing that decides it has changed)") == 5
+    status, out, _ = posttrain("run", "tiny.yaml", "stages.sft.steps=2", "stages.rl.steps=3", "--dry-run")
+    assert "rl: runs (steps 2 -> 3) -> runs/tiny/rl-" in out
+
+
+def test_a_wrong_recipe_ends_with_2_and_a_line(posttrain):
+    status, out, err = posttrain("run", "tiny.yaml", "stages.sft.stps=2")
+    assert status == 2
+    assert err == "error: command line `stages.sft.stps=2`: stages.sft.stps: no such setting; did you mean 'steps'?\n"
+    assert out == ""
+    assert posttrain("run", "nowhere.yaml")[0] == 2
+
+
+def test_train_refuses_a_pipeline(posttrain):
+    status, _, err = posttrain("train", "tiny.yaml")
+    assert status == 2
+    assert "holds the stages new, sft, rl, test, sft_test; use `posttrain run` for a pipeline" in err
+
+
+def test_kinds_lists_families_kinds_and_one_kind(posttrain):
+    assert "objective  grpo, pretrain, sft" in posttrain("kinds")[1]
+    assert posttrain("kinds", "objective")[1].startswith("grpo ")
+    card = posttrain("kinds", "objective", "grpo")[1]
+    assert "clip_low: float = 0.2" in card
+    assert "arXiv 2402.03300" in card
+    assert json.loads(posttrain("kinds", "--json")[1])["tuner"]["lora"]["fields"]["rank"]["default"] == 16
+    assert "Objective.sft" in json.loads(posttrain("kinds", "--schema")[1])["$defs"]
+    status, _, err = posttrain("kinds", "objective", "grpp")
+    assert (status, err) == (2, "error: family objective has no kind 'grpp'; did you mean 'grpo'?\n")
+
+
+def test_data_counts_what_is_usable_and_shows_what_the_model_sees(posttrain, place, model):
+    rows = [{"prompt": [{"role": "user", "content": "1 + 2"}], "completion": "1 + 2 = 3"}, {"prompt": "a", "completion": ""}]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, _ = posttrain("data", "rows.jsonl", "--model", model)
+    assert status == 0
+    assert "1 of 2 rows are usable" in out
+    assert "dropped 1: empty completion (first: rows.jsonl:2)" in out
+    assert "<|user|>1 + 2<|end_of_turn|><|assistant|>⟦1 + 2 = 3<|end_of_turn|>⟧" in out
+    found = json.loads(posttrain("data", "rows.jsonl", "--model", model, "--json")[1])
+    assert found["usable"] == 1
+    assert found["dropped"] == {"empty completion": {"count": 1, "first": "rows.jsonl:2"}}
+    status, _, err = posttrain("data", "rows.jsonl", "--model", model, "--format", "messages")
+    assert status == 2
+    assert 'rows.jsonl:1: format messages needs the column "messages"' in err
+
+
+def test_sampling_repeats_under_a_seed_and_reports_log_probabilities(posttrain, model):
+    words = ("sample", model, "1 + 2", "-n", 3, "--max-tokens", 5, "--json")
+    status, out, _ = posttrain(*words)
+    assert status == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    assert all(len(row["tokens"]) == len(row["logp"]) <= 5 and max(row["logp"]) <= 0 for row in rows)
+    assert posttrain(*words)[1] == out
+    assert posttrain(*words, "--seed", 1)[1] != out
+
+
+def test_eval_prints_figures_with_intervals(posttrain, place, model):
+    (place / "problems.jsonl").write_text('{"id": "a", "prompt": "1 + 2", "answer": "3"}\n')
+    words = ("eval", model, "arithmetic", "task.source=problems.jsonl", "evaluation.samples=2", "evaluation.sampling.max_tokens=5")
+    status, out, _ = posttrain(*words)
+    assert status == 0
+    assert out.startswith("pass@1")
+    metrics = json.loads(posttrain(*words, "--json")[1])["metrics"]
+    assert 0 <= metrics["pass@1"]["low"] <= metrics["pass@1"]["high"] <= 1
+
+
+def test_chat_answers_and_streams_what_it_would_have_sampled(posttrain, model, monkeypatch):
+    said = iter(["1 + 2", "/new", "1 + 2", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    status, out, _ = posttrain("chat", model, "--temperature", 0, "--max-tokens", 6)
+    assert status == 0
+    answers = [line for line in out.splitlines()[1:] if line]
+    assert len(answers) == 2
+    assert answers[0] == answers[1]
+
+
+def test_init_writes_a_recipe_that_loads_and_never_overwrites(posttrain, place):
+    status, out, _ = posttrain("init", "mine.yaml")
+    assert status == 0
+    assert "next: posttrain run mine.yaml --dry-run" in out
+    from posttrain import Recipe
+
+    assert list(Recipe.load(place / "mine.yaml").stages) == ["train"]
+    status, _, err = posttrain("init", "mine.yaml")
+    assert (status, err) == (2, "error: mine.yaml: exists already; name another file\n")
+
+
+def test_report_refuses_a_folder_that_is_no_run(posttrain):
+    status, _, err = posttrain("report", "nowhere")
+    assert status == 2
+    assert "nowhere: is no finished run" in err
+
+
+def test_a_fault_of_our_own_ends_with_3_and_leaves_the_traceback_in_a_file(posttrain, place, monkeypatch):
+    monkeypatch.setattr("posttrain.pipeline.schema.catalogue", lambda: 1 / 0)
+    status, _, err = posttrain("kinds")
+    assert status == 3
+    assert "a fault of posttrain; the traceback is in posttrain-error.txt" in err
+    assert "Traceback" not in err
+    assert "ZeroDivisionError" in (place / "posttrain-error.txt").read_text()

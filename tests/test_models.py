@@ -1,0 +1,119 @@
+"""A model that cannot be used rightly is refused with its name, what it lacks, and a remedy."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from posttrain.errors import DataError, ModelError
+from posttrain.models.create import create
+from posttrain.models.load import load
+from posttrain.models.source import ModelSource, folder_fingerprint
+
+SHAPE = {"hidden_size": 32, "layers": 1, "heads": 2, "key_value_heads": 1, "feed_forward": 48, "context": 64}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    create(["1 + 2 = 3 said the cat", "a dog has 5 bones"], 320, SHAPE, 0, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refusal(source) -> str:
+    with pytest.raises(ModelError) as error:
+        load(source)
+    return str(error.value)
+
+
+def test_a_folder_that_does_not_exist(tmp_path):
+    assert refusal(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such model folder"
+    assert refusal("posttrain:large-base") == "posttrain:large-base: no such model folder"
+
+
+def test_a_folder_without_config(folder):
+    (folder / "config.json").unlink()
+    assert "no config.json, so this is no transformers model folder" in refusal(folder)
+
+
+def test_a_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert "a model folder without weights: there is no .safetensors file in it" in refusal(folder)
+
+
+def test_pickled_weights_are_never_loaded(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "has only pytorch_model.bin; pickled weights are never loaded; convert it to safetensors first" in refusal(folder)
+
+
+def test_weights_that_lack_a_tensor(folder):
+    state = load_file(folder / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "the weights lack model.norm.weight (1 missing in all); the file is not whole" in refusal(folder)
+
+
+def test_cut_weights(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "transformers cannot load this model" in refusal(folder)
+
+
+def test_code_in_a_model_folder_does_not_run(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    assert "config.json asks for code from its folder (auto_map)" in refusal(folder)
+
+
+def test_a_tokenizer_of_another_model(folder, tmp_path):
+    create(["abcdefghij klmnop qrs tuv wxyz " * 40 + str(list(range(400)))], 420, SHAPE, 0, tmp_path / "larger")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tmp_path / "larger" / name).read_bytes())
+    assert "this tokenizer belongs to another model" in refusal(folder)
+
+
+def test_a_model_is_given_by_path_or_by_stage():
+    with pytest.raises(ValueError, match="give either `path`"):
+        ModelSource()
+    assert ModelSource.model_validate("a/b") == ModelSource(path="a/b")
+
+
+def test_the_fingerprint_changes_with_any_weight(folder):
+    before = folder_fingerprint(folder)
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][0] += 1e-3
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert folder_fingerprint(folder) != before
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("mixed", torch.float32)])
+def test_the_dtype_of_the_weights_is_what_the_recipe_says(folder, dtype, stored):
+    lm = load(ModelSource(path=str(folder), dtype=dtype)).lm
+    assert {parameter.dtype for parameter in lm.model.parameters()} == {stored}
+    assert lm.layout == "tree"
+
+
+def test_a_chat_template_can_be_replaced(folder, tmp_path):
+    (tmp_path / "other.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    loaded = load(ModelSource(path=str(folder), chat_template=str(tmp_path / "other.jinja")))
+    assert loaded.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "[a]"
+
+
+def test_a_row_beyond_the_context_is_refused_before_training(folder, tmp_path):
+    from posttrain.pipeline.recipe import Recipe
+    from posttrain.pipeline.run import run
+
+    text = f"model: {folder}\nobjective: sft\nsteps: 1\ndata: {{sources: {{kind: inline, items: [{{prompt: a, completion: '{'x1' * 80}'}}]}}}}\n"
+    with pytest.raises(DataError, match=r"the longest row has \d+ tokens, but the model's context is 64; set data.max_tokens: 64"):
+        run(Recipe.parse(text), tmp_path)
+    ask = f"stages: {{e: {{kind: evaluate, model: {folder}, task: {{kind: arithmetic, limit: 2}}}}}}\n"
+    with pytest.raises(DataError, match=r"arith_test.jsonl:1: the prompt has \d+ tokens, and with sampling.max_tokens 256 exceeds"):
+        run(Recipe.parse(ask, name="ask"), tmp_path)
+
+
+def test_the_cost_of_waiting_threads_is_not_paid():
+    code = "import posttrain, os; print(os.environ['OMP_WAIT_POLICY'])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "PASSIVE"
