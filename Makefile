@@ -18,7 +18,7 @@ test: $(VENV)/.test
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -x -m "not process"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -x --ignore tests/test_mutants.py --ignore tests/test_resume.py
 
 # Makes the model in src/posttrain/assets/tiny-base anew, into runs/tiny_base (at most an hour on two cores).
 tiny-base: $(VENV)/.core

@@ -1,4 +1,4 @@
-"""The house itself: layers, sizes, documents, recipes, and what no file may contain. Read from the source text, nothing is run."""
+"""The house itself: layers, sizes, documents, recipes, and what no file may contain. Read from the source; nothing is run."""
 
 import ast
 import json
@@ -47,7 +47,10 @@ def imports(file, with_annotations=True, top=False):
     skipped = set() if with_annotations else typing_only(tree)
     if top:
         skipped = skipped | {
-            inner for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for inner in ast.walk(node)
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            for inner in ast.walk(node)
         }
     for node in ast.walk(tree):
         if node in skipped:
@@ -75,7 +78,7 @@ def test_every_folder_has_its_place_in_the_order():
 
 @files
 def test_a_folder_imports_only_from_those_above_it(file):
-    """Imports inside of functions and for annotations count. The package's own __init__ hands out names on first use, and is exempt."""
+    """Imports inside of functions and for annotations count. The package's own __init__, which hands out names, is exempt."""
     mine = part_of(file)
     if mine in {"__init__", "__main__"}:
         return
@@ -123,7 +126,9 @@ def test_every_module_says_what_it_is_for(file):
 
 
 def defines_kinds(file):
-    return any(isinstance(node, ast.ClassDef) and any(word.arg == "kind" for word in node.keywords) for node in ast.walk(parsed(file)))
+    return any(
+        isinstance(node, ast.ClassDef) and any(word.arg == "kind" for word in node.keywords) for node in ast.walk(parsed(file))
+    )
 
 
 def test_files_that_define_kinds_import_nothing_heavy_at_module_level():
@@ -177,7 +182,9 @@ def fresh(code):
     return json.loads(run.stdout)
 
 
-REPORT_HEAVY = "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers', 'peft', 'datasets'})))"
+REPORT_HEAVY = (
+    "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers', 'peft', 'datasets'})))"
+)
 
 
 def test_every_recipe_loads_and_no_torch_is_imported_for_it():
@@ -188,7 +195,9 @@ def test_every_recipe_loads_and_no_torch_is_imported_for_it():
 
 
 def test_the_catalogue_and_the_schema_are_made_without_torch():
-    code = "import json, sys\nfrom posttrain.pipeline.schema import catalogue, json_schema\ncatalogue(); json.dumps(json_schema())"
+    code = (
+        "import json, sys\nfrom posttrain.pipeline.schema import catalogue, json_schema\ncatalogue(); json.dumps(json_schema())"
+    )
     assert fresh(f"{code}\n{REPORT_HEAVY}") == []
 
 
@@ -223,4 +232,6 @@ def test_every_kind_and_every_field_says_what_it_is():
 def test_every_module_of_the_package_can_be_imported():
     names = [".".join(file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__") for file in FILES]
     names = [name for name in names if not name.endswith("__main__")]
-    assert fresh(f"import importlib, json\nfor name in {names!r}: importlib.import_module(name)\nprint(json.dumps(len({names!r})))") == len(names)
+    assert fresh(
+        f"import importlib, json\nfor name in {names!r}: importlib.import_module(name)\nprint(json.dumps(len({names!r})))"
+    ) == len(names)

@@ -1,12 +1,13 @@
-"""What must hold for every objective, under every tuner: registered kinds are found by themselves, examples in example_batches.py."""
+"""What must hold for every objective under every tuner. Registered kinds are found; their examples are in example_batches.py."""
 
 import hashlib
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from example_batches import EXAMPLES, draw, only, rows
+from tiny_fits import TUNERS, Fixed, Shuffled, Watcher, build, fitted, objective_of, update_of
 from tiny_models import make, twin
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,74 +28,10 @@ from posttrain.train.updates import Item, Update
 from posttrain.tuners import LoRA, Tuner, tuned
 
 KINDS = {kind: cls for kind, cls in Objective.kinds.items() if ":" not in kind}
-TUNERS = {"full": {}, "lora": {"rank": 3, "alpha": 5.0}}
 EXACT = {"float64": ("gpt2", 1e-10), "float32": ("llama", 1e-5)}  # gpt2, as the norms of llama go through float32
 
 examples = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.name}-{example.batch.__name__}")
 tuners = pytest.mark.parametrize("tuner", TUNERS)
-
-
-def build(name, dtype, tuner, moved=True):
-    """A model with a tuner in it; `moved`: as if trained, so that no part of the tuner is zero."""
-    lm = make(name, dtype)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        Tuner.lookup(tuner)(**TUNERS[tuner]).install(lm.model)
-        for key, parameter in tuned(lm.model).items():
-            if moved and tuner != "full" and "lora_B" in key:
-                nn.init.normal_(parameter, std=0.1)
-    return lm
-
-
-def objective_of(example):
-    return Objective.lookup(example.kind)(**example.settings)
-
-
-def update_of(example, batch):
-    return Update((Item(objective_of(example), batch, [f"row {row}" for row in range(batch.count)]),))
-
-
-class Fixed:
-    """The same update, or the same few, for ever."""
-
-    def __init__(self, *updates):
-        self.updates, self.given = updates, 0
-
-    def __next__(self):
-        self.given += 1
-        return self.updates[(self.given - 1) % len(self.updates)]
-
-    def state(self):
-        return {"given": self.given}, {}
-
-
-class Watcher:
-    """Stands where a recorder stands: keeps the metrics."""
-
-    def __init__(self):
-        self.metrics = []
-
-    def step(self, _run, _update, metrics, _seconds):
-        self.metrics.append(metrics)
-
-    def end(self, _run):
-        pass
-
-
-class Capture(torch.optim.SGD):
-    """Keeps the gradient that it is asked to apply, and applies nothing."""
-
-    def step(self):
-        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-
-def fitted(lm, update, micro_tokens):
-    """(gradients, metrics) of one update by the training loop itself, nothing applied."""
-    parameters, record = tuned(lm.model), Watcher()
-    optimizer = Capture(list(parameters.values()), lr=1.0)
-    plan = SimpleNamespace(clip=None, rate=lambda _step, _steps: 1.0)
-    fit(Training(lm, parameters, optimizer, plan, Fixed(update), steps=1, micro_tokens=micro_tokens), record)
-    return torch.cat([grad.flatten() for grad in optimizer.seen]), record.metrics[0]
 
 
 def relative(one, other):
@@ -105,7 +42,7 @@ def total_of(lm, update):
     """The loss of a whole update, in one piece."""
     units = count_units(update)
     terms = [
-        term / max(1, units[item.objective.kind, name])
+        term / max(1, units[id(item.objective), name])
         for item in update.items
         for name, term in item.objective.loss(lm, item.batch).terms.items()
     ]
@@ -137,6 +74,48 @@ def test_splitting_a_batch_does_not_change_the_gradient_or_the_figures(example, 
         assert relative(split, whole) < exactness
         assert same == pytest.approx(figures, rel=1e-9 if dtype == "float64" else 1e-5, abs=1e-6)
     assert relative(fitted(twin(lm, "padded"), update, 45)[0], whole) < exactness
+
+
+def example(kind, **settings):
+    return next(each for each in EXAMPLES if each.kind == kind and settings.items() <= each.settings.items())
+
+
+def test_sft_is_the_weighted_log_likelihood_of_the_answers_counted_in_trained_tokens():
+    lm = make("gpt2", "float64")
+    plain = example("sft").batch(lm)
+    weights = [1.0, 2.0, 0.5, 3.0, 0.0, 1.0, 0.25, 1.0]
+    logp = lm.logprobs(plain).split([3, 0, 3, 9, 9, 0, 5, 5])
+    for batch, weight in ((plain, [1.0] * 8), (replace(plain, weight=torch.tensor(weights)), weights)):
+        expected = -sum(float(part.detach().sum()) * each for part, each in zip(logp, weight, strict=True))
+        item = Item(Objective.lookup("sft")(), batch, [""] * 8)
+        assert item.objective.units(batch) == {"nll": 34}
+        assert float(total_of(lm, Update((item,))).detach()) == pytest.approx(expected / 34, rel=1e-12)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_grpo_is_its_formula_token_by_token(aggregate, kl):
+    lm = make("gpt2", "float64")
+    batch = example("grpo", kl=0.3).batch(lm)
+    logp = lm.logprobs(batch.seqs, temperature=batch.temperature).tolist()
+    per_row = [[] for _ in range(8)]
+    for owner, new, old, ref, good in zip(
+        batch.seqs.owner.tolist(),
+        logp,
+        batch.sampled_logp.tolist(),
+        batch.ref_logp.tolist(),
+        batch.advantage.tolist(),
+        strict=True,
+    ):
+        ratio = math.exp(new - old)
+        gain = min(ratio * good, min(max(ratio, 0.8), 1.28) * good)
+        per_row[owner].append(-gain + kl * (math.exp(ref - new) - 1 - (ref - new)))
+    by_row = sum(sum(row) / len(row) for row in per_row if row) / 8
+    by_token = sum(map(sum, per_row)) / 34
+    item = Item(GRPO(aggregate=aggregate, kl=kl, clip_low=0.2, clip_high=0.28), batch, [""] * 8)
+    found = float(total_of(lm, Update((item,))).detach())
+    assert found == pytest.approx(by_row if aggregate == "sequence" else by_token, rel=1e-10)
+    assert abs(by_row - by_token) > 0.01 * abs(by_row)
 
 
 @examples
@@ -224,6 +203,31 @@ def test_frozen_means_frozen_and_the_optimizer_holds_nothing_else(example, tuner
     assert not still, f"these did not move: {still}"
 
 
+@examples
+@tuners
+def test_two_updates_a_resume_and_two_more_are_four_updates_bit_for_bit(example, tuner, tmp_path):
+    settings = AdamW(learning_rate=1e-2, warmup=0.3, schedule="linear", weight_decay=0.1)
+    batch = example.batch(build("llama", "float32", tuner))
+
+    def trained(folder, stop_at=None):
+        lm = build("llama", "float32", tuner)
+        parameters = tuned(lm.model)
+        run = Training(lm, parameters, settings.build(parameters), settings, Shuffled(example, batch), steps=4, micro_tokens=60)
+        record = Recorder(tmp_path / folder, "owner", Checkpoints(every=10))
+        record.interrupted = lambda: "SIGTERM" if run.step == stop_at else None
+        resumed = record.resume(run)
+        fit(run, record)
+        return resumed, run.step, {name: digest(value) for name, value in parameters.items()}
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    whole = trained("whole")
+    assert trained("broken", stop_at=2)[:2] == (False, 2)
+    again = trained("broken")
+    assert again[:2] == (True, 4)
+    assert again[2] == whole[2]
+
+
 def digest(value):
     return hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest()
 
@@ -282,7 +286,9 @@ def test_an_update_raises_the_probability_of_what_was_better_than_its_group():
     lm, objective = build("llama", "float32", "full"), GRPO()
     batch = objective.credit(*sampled(lm, 1.0), Roles(), 1.0)
     settings, parameters = AdamW(learning_rate=1e-3, warmup=0.0, schedule="constant"), tuned(lm.model)
-    run = Training(lm, parameters, settings.build(parameters), settings, Fixed(Update((Item(objective, batch, [""] * 11),))), steps=1)
+    run = Training(
+        lm, parameters, settings.build(parameters), settings, Fixed(Update((Item(objective, batch, [""] * 11),))), steps=1
+    )
     fit(run, Watcher())
     with torch.no_grad():
         change = lm.logprobs(batch.seqs) - batch.sampled_logp
@@ -327,11 +333,11 @@ def test_at_first_only_b_has_a_gradient():
     assert len(largest) == 2 * 7 * 2
 
 
-@pytest.mark.parametrize(
-    ("rank", "targets", "expected"), [(16, "all-linear", 39_976_960), (8, ["q_proj", "v_proj"], 4_194_304)]
-)
+@pytest.mark.parametrize(("rank", "targets", "expected"), [(16, "all-linear", 39_976_960), (8, ["q_proj", "v_proj"], 4_194_304)])
 def test_the_number_of_lora_parameters_is_rank_times_inputs_and_outputs(rank, targets, expected):
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000)
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
         LoRA(rank=rank, targets=targets).install(model)
@@ -356,6 +362,10 @@ def test_lora_trains_under_gradient_checkpointing_although_the_embeddings_are_fr
     found = []
     for saving in (False, True):
         lm = wrap(build("llama", "float32", "lora").model, ModelSource(path="tiny", gradient_checkpointing=saving))
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(lm.logprobs(Sequences.of(rows())).sum(), list(tuned(lm).values()))]))
+        found.append(
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(lm.logprobs(Sequences.of(rows())).sum(), list(tuned(lm).values()))]
+            )
+        )
     assert float(found[0].norm()) > 1e-3
     assert relative(found[1], found[0]) < 1e-6

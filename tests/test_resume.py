@@ -38,13 +38,15 @@ from posttrain.train.record import Lines
 from posttrain.tuners import Tuner
 
 NLL = {"data": DATA, "best": "nll", "every": 1}
+OTHER = {"sources": {"kind": "inline", "items": [{"prompt": "What is 9 + 9?", "completion": "Nobody here knows that now."}]}}
+WORSE = {"validation": {"data": OTHER, "best": "nll", "every": 1, "patience": 2}, "optim": {"learning_rate": 0.03, "warmup": 0.0}}
 TWO = {"samples": 2, "greedy": False, "sampling": {"max_tokens": 6}}
 SAMPLED = {"task": TASK, "best": "score", "every": 2, "evaluation": TWO}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f"{objective}-{tuner}": (objective, tuner, {}) for objective in OBJECTIVES for tuner in TUNERS},
     **{f"grpo-reused-{tuner}": ("grpo", tuner, REUSED) for tuner in TUNERS},
     "sft-validated": ("sft", "full", {"validation": NLL}),
-    "sft-patience": ("sft", "full", {"validation": {**NLL, "patience": 2}, "optim": {"learning_rate": 0.1, "warmup": 0.0}}),
+    "sft-patience": ("sft", "full", WORSE),
     "grpo-validated": ("grpo", "lora", {"validation": SAMPLED}),
 }
 
@@ -138,20 +140,18 @@ def test_a_sample_with_a_line_separator_in_it_stays_one_line(tmp_path: Path) -> 
 
 
 def test_patience_that_ends_on_the_step_of_a_signal_ends_the_run_all_the_same(tmp_path: Path) -> None:
-    _, _, changes = CASES["sft-patience"]
-    unbroken = train(text(**changes), tmp_path / "unbroken")
+    unbroken = train(text(**WORSE), tmp_path / "unbroken")
     made = json.loads((unbroken / "done.json").read_text())["steps"]
     with pytest.raises(Interrupted):
-        train(text(**changes), tmp_path / "stopped", {made: signal.SIGTERM})
-    resumed = json.loads((train(text(**changes), tmp_path / "stopped") / "done.json").read_text())
+        train(text(**WORSE), tmp_path / "stopped", {made: signal.SIGTERM})
+    resumed = json.loads((train(text(**WORSE), tmp_path / "stopped") / "done.json").read_text())
     assert resumed["steps"] == made
     assert "has not improved" in resumed["stopped"]
 
 
 def test_the_best_weights_and_not_the_last_are_what_a_resumed_run_exports(tmp_path: Path) -> None:
-    """The best validation lies between two checkpoints and before the stop: its weights come back from disk."""
-    changes = {**CASES["sft-patience"][2], "checkpoint": {"every": 2}}
-    recipe = text(**changes)
+    """The best validation, step 2, comes before the stop and is no checkpoint of a step: its weights come back from disk."""
+    recipe = text(**WORSE, checkpoint={"every": 1000})
     with pytest.raises(Interrupted):
         train(recipe, tmp_path, {3: signal.SIGTERM})
     folder = train(recipe, tmp_path)
@@ -196,20 +196,21 @@ def test_a_finished_run_is_reused_and_its_files_are_not_touched(tmp_path: Path) 
 # ---- killed from outside
 
 
-@pytest.mark.parametrize("case", ["sft-full", "grpo-reused-full", "grpo-lora"])
+@pytest.mark.parametrize("case", ["sft-full", "grpo-reused-lora"])
 def test_twenty_kills_at_random_moments_change_nothing(case: str, nursery: Nursery, tmp_path: Path) -> None:
     """Some while it loads, most while it trains and saves; each run begins where the last checkpoint is."""
     objective, tuner, changes = CASES[case]
-    recipe = text(objective, tuner, **{**changes, "steps": 60, "checkpoint": {"every": 2, "keep": 2}})
+    recipe = text(objective, tuner, **{**changes, "steps": 80, "checkpoint": {"every": 2}})
     assert nursery.run(recipe, tmp_path / "unbroken")["status"] == 0
     draw, reached, repeated = random.Random(case), 0, 0
     for _ in range(20):
-        ended = nursery.run(recipe, tmp_path / "killed", kill=(draw.choice((0, 2, 3, 4)), draw.random() * 0.03))
+        steps = draw.choice((0, 2, 3, 4))
+        ended = nursery.run(recipe, tmp_path / "killed", kill=(steps, draw.random() * (0.03 if steps else 0.3)))
         assert ended["status"] == -signal.SIGKILL, "the run is too short for twenty kills"
         if ended["steps"]:
             repeated = max(repeated, reached - ended["steps"][0] + 1)
             reached = max(ended["steps"])
-    assert reached > 10, "the kills must not all come before the first checkpoint"
+    assert reached > 20, "the kills must not all come before the first checkpoint"
     assert repeated <= 2, "a kill costs at most one interval between checkpoints"
     assert nursery.run(recipe, tmp_path / "killed")["status"] == 0
     assert marks(stage_folder(tmp_path / "killed")) == marks(stage_folder(tmp_path / "unbroken"))

@@ -81,7 +81,9 @@ def test_the_log_probs_recorded_while_sampling_are_the_trainers(name, temperatur
     found = list(completed(lm, requests(40), sampling, rows=9).values())
     assert {done.stop for done in found} == {"end", "length"}
     assert max(len(done.request.tokens) + len(done.tokens) for done in found) > 3 * 8  # far beyond the sliding window
-    marked = [([*done.request.tokens, *done.tokens], [False] * len(done.request.tokens) + [True] * len(done.tokens)) for done in found]
+    marked = [
+        ([*done.request.tokens, *done.tokens], [False] * len(done.request.tokens) + [True] * len(done.tokens)) for done in found
+    ]
     with torch.no_grad():
         expected = lm.logprobs(Sequences.of(marked), temperature=temperature)
     recorded = torch.tensor([value for done in found for value in done.logp])
@@ -195,7 +197,14 @@ def chi_square(tokens, probability):
     return float(((seen - expected)[kept] ** 2 / expected[kept]).sum()), int(kept.sum()) - 1
 
 
-TRUNCATIONS = [{}, {"temperature": 0.7}, {"top_k": 6}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.8, "temperature": 1.3}]
+TRUNCATIONS = [
+    {},
+    {"temperature": 0.7},
+    {"top_k": 6},
+    {"top_p": 0.6},
+    {"min_p": 0.1},
+    {"top_k": 12, "top_p": 0.8, "temperature": 1.3},
+]
 
 
 def truncated(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0):
@@ -250,12 +259,12 @@ def test_the_likeliest_token_always_stays():
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.05}], ids=str)
 def test_rounding_never_draws_a_token_outside_of_the_support(settings):
-    """At the ends of [0, 1), with tokens of no probability before and after those that have some."""
+    """At the ends of [0, 1), or where a number rounded up to 1, with tokens of no probability on both sides of the others."""
     logits = torch.full((400, 50), -1e4)
     logits[:, 20:25] = torch.randn(400, 5, generator=torch.Generator().manual_seed(0))
-    for uniform in (0.0, 2.0**-60, 0.5, 1 - 2.0**-24, 1 - 2.0**-53):
+    for uniform in (0.0, 2.0**-60, 0.5, 1 - 2.0**-24, 1 - 2.0**-53, 1.0):
         tokens, logp = draw(logits, torch.full((400,), uniform, dtype=torch.float64), Sampling(**settings))
-        assert 20 <= int(tokens.min())
+        assert int(tokens.min()) >= 20
         assert int(tokens.max()) < 25
         assert bool(logp.isfinite().all())
         assert float(logp.min()) > -20

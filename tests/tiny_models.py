@@ -26,9 +26,10 @@ from posttrain.models.load import DTYPES, wrap
 from posttrain.models.source import ModelSource
 
 VOCABULARY, WINDOW = 97, 8
+TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None,
+    "max_position_embeddings": 128, **TOKENS,
 }  # fmt: skip
 GROUPED = {**SHAPE, "num_key_value_heads": 2}
 
@@ -41,13 +42,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         query_pre_attn_scalar=8, final_logit_softcapping=3.0,
     ),
     "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=1, pad_token_id=None
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, **TOKENS
     ),
     "phi": lambda: PhiConfig(**SHAPE, partial_rotary_factor=0.5),
     "olmo2": lambda: Olmo2Config(**GROUPED),
     "gpt_neox": lambda: GPTNeoXConfig(**SHAPE),
     "mamba": lambda: MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2, bos_token_id=None, eos_token_id=1, pad_token_id=None
+        vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2, **TOKENS
     ),
 }  # fmt: skip
 TREE = [name for name in CONFIGS if name != "mamba"]
@@ -63,7 +64,9 @@ def transformer(name: str, dtype: str = "float32", seed: int = 0, **changes: Any
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa" if name != "mamba" else None).double()
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                offset = 1.0 if parameter.ndim == 1 and key.endswith("weight") and "gemma" not in name else 0.0  # norms scale around 1
+                offset = (
+                    1.0 if parameter.ndim == 1 and key.endswith("weight") and "gemma" not in name else 0.0
+                )  # norms scale around 1
                 if key.rpartition(".")[2] not in {"A_log", "D", "dt_bias"}:
                     parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, dtype=torch.float64))
     return model.to(DTYPES[dtype])

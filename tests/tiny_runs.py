@@ -72,12 +72,12 @@ def base() -> Path:
     return folder
 
 
-def settings(objective: str = "sft", tuner: str = "full", **changes: Any) -> dict[str, Any]:
+def settings(kind: str = "sft", adapter: str = "full", /, **changes: Any) -> dict[str, Any]:
     """A training stage of STEPS updates with a checkpoint after each; `changes` replace whole sections."""
     shared: dict[str, Any] = {
         "model": str(base()), "steps": STEPS, "checkpoint": {"every": 1, "keep": 2}, "optim": {"learning_rate": 1e-2},
     }  # fmt: skip
-    return {**shared, **OBJECTIVES[objective], **TUNERS[tuner], **changes}
+    return {**shared, **OBJECTIVES[kind], **TUNERS[adapter], **changes}
 
 
 def text(*args: Any, **changes: Any) -> str:
@@ -150,7 +150,7 @@ class Nursery:
         self.process.wait(timeout=60)
 
     def run(self, recipe: str, root: Path, fault: str = "", kill: tuple[int, float] | None = None, **more: Any) -> dict[str, Any]:
-        """One run in a child. kill: (events, seconds): SIGKILL so many seconds after the child has said so much.
+        """One run in a child. kill: (steps, seconds): SIGKILL so many seconds after the child has made so many steps.
 
         Returns {"status": exit status, or minus the signal that ended it; "error": what it raised; "steps": steps it made}.
         """
@@ -192,16 +192,15 @@ def _serve() -> None:
 
 
 def _watch(child: int, reading: int, kill: tuple[int, float] | None) -> list[str]:
-    """What the child says until it ends, or until it is killed after `kill` = (events, seconds)."""
-    said, doom = b"", None
+    """What the child says until it ends, or until it is killed after `kill` = (steps, seconds)."""
+    said, doom = b"\n", None
     while True:
-        if kill is not None and doom is None and said.count(b"\n") >= kill[0]:
+        if kill is not None and doom is None and said.count(b"\nstep ") >= kill[0]:
             doom = time.monotonic() + kill[1]
         left = None if doom is None else max(0.0, doom - time.monotonic())
         if not select.select([reading], [], [], left)[0]:
             os.kill(child, signal.SIGKILL)
-            doom = None
-            kill = None
+            kill = doom = None
             continue
         part = os.read(reading, 65536)
         if not part:

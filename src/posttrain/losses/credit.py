@@ -18,6 +18,7 @@ def group_advantages(
     whole batch (arXiv 2508.08221), or not at all (arXiv 2503.20783). Deviations are Bessel-corrected. A group whose scores are
     all equal gets exactly zero, and so does a group of one.
     """
+    scores, dtype = scores.double(), scores.dtype  # so that equal scores such as 1/3 leave nothing behind
     sizes = torch.bincount(groups)
     sums = torch.zeros(len(sizes), dtype=scores.dtype, device=scores.device).index_add(0, groups, scores)
     centred = scores - (sums / sizes.clamp(min=1))[groups]
@@ -25,8 +26,8 @@ def group_advantages(
     deviation = (squares / (sizes - 1).clamp(min=1)).sqrt()[groups]
     centred = torch.where(deviation < EQUAL, torch.zeros_like(centred), centred)
     if scale == "none":
-        return centred
+        return centred.to(dtype)
     if scale == "group":
-        return centred / (deviation + eps)
+        return (centred / (deviation + eps)).to(dtype)
     spread = scores.std() if len(scores) > 1 else torch.zeros((), dtype=scores.dtype, device=scores.device)
-    return centred / (spread + eps)
+    return (centred / (spread + eps)).to(dtype)

@@ -63,7 +63,7 @@ class LM(nn.Module):
             ).last_hidden_state[0]
 
     def _hidden(self, seqs: tuple[Sequences, ...]) -> list[Float[Tensor, "N D"]]:
-        if self.layout == "padded" and sum(each.count for each in seqs):
+        if self.layout == "padded" and any(each.count > 0 for each in seqs):
             plain = layout.padded(seqs)
             with self.precision():
                 states = self.backbone(

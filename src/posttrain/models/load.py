@@ -90,7 +90,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Gradient checkpointing without train mode, which would turn dropout on; recomputation follows the same attention plan."""
     from posttrain.models.attention import recompute_context
 
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recompute_context(model)})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its older name
+    enable({"use_reentrant": False, "context_fn": recompute_context(model)})
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.training = True

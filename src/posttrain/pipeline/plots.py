@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-# What is logged, its title and its unit, in the order of the page. `%` begins the unit of a share. Other quantities go by their names.
+# What is logged, its title and its unit (`%` begins that of a share), in the order of the page. The rest goes by its own name.
 LOGGED = {
     "nll": ("Loss", "nats per trained token"),
     "reward": ("Reward", "mean score of the samples"),
@@ -28,7 +28,7 @@ LOGGED = {
     "mismatch": ("Trainer against sampler", "mean |difference| of log p"),
 }
 MACHINE = {"grad_norm": ("Gradient norm", "before clipping"), "lr": ("Learning rate", "rate")}
-VALIDATED = {"pass@1": "% of samples", "ended": "% of samples", "nll": "nats per token", "length": "tokens", "kl": "nats per answer"}
+VALIDATED = {"pass@1": "% of samples", "ended": "% of samples", "nll": "nats per token", "length": "tokens"}
 FIRST = ("pass@1", "greedy", "nll", "score")  # of the validation metrics
 NOT_DRAWN = {"step", "tokens", "validation", "time"}
 
@@ -95,6 +95,11 @@ class Curve:
             return f"{100 * value:.1f}%"
         return amount(value) if value == 0 or abs(value) >= 0.001 else plain(value)
 
+    def with_unit(self, value: float) -> str:
+        if self.percent:
+            return self.text(value).rstrip("%") + self.unit
+        return self.text(value) + (f" {self.unit}" if self.unit and not self.exact else "")
+
     @property
     def span(self) -> str:
         """`0.40 → 0.62`: where it began and where it ended (of the running mean, where there is one)."""
@@ -114,7 +119,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> tuple[list[Curve], list[str]]:
     found.append(_speed(rows))
     drawn = [curve for curve in found if curve.steps]
     constant = [curve for curve in drawn if curve.constant]
-    lines = [f"{curve.title} {curve.text(curve.values[0])}" for curve in constant]
+    lines = [f"{curve.title} {curve.with_unit(curve.values[0])}" for curve in constant]
     return [curve for curve in drawn if curve not in constant], lines
 
 
@@ -199,7 +204,7 @@ def intervals_svg(names: Sequence[str], figures: Sequence[Figure], metric: str, 
 
     percent = is_share(metric)
     with rc_context(STYLE):
-        canvas, axes = _axes(5.2, 0.5 + 0.27 * len(names), left=0.2, right=0.55, bottom=0.36, top=0.1, left_names=names)
+        canvas, axes = _axes(4.4, 0.5 + 0.27 * len(names), left=0.2, right=0.55, bottom=0.36, top=0.1, left_names=names)
         for row, each in enumerate(figures):
             if not known(each.value):
                 axes.text(0, row, "n/a", color=MUTED, va="center")
@@ -253,7 +258,7 @@ def _scales(axes: "Axes", percent: bool, horizontal: bool = False) -> None:
 
 
 def _tick(value: float) -> str:
-    text = f"{value:,.0f}" if abs(value) >= 1000 else plain(value)
+    text = f"{value:,.0f}" if abs(value) >= 1000 else plain(value, 4)
     return f"−{text[1:]}" if text.startswith("-") else text
 
 

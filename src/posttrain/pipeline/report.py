@@ -22,9 +22,11 @@ from posttrain.pipeline.table import (
     main_metric,
     metric_columns,
     number,
+    plain,
     plural,
     read_run,
     seconds_text,
+    section,
     value_text,
 )  # fmt: skip
 from posttrain.pipeline.verdict import cautions, comparable, listed, verdict
@@ -35,7 +37,8 @@ SHOWN_STEPS, SHOWN_PER_STEP = 6, 2  # samples of a training
 LONGEST = 3000  # characters of a text
 YEAR_9999 = 2.5e11  # seconds; later ones are no times
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-BIDI = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)  # would show a text in another order than it has
+BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]  # would show a text in another order than it has
+SIGNS = CONTROL | dict.fromkeys([*BIDI, *range(0xD800, 0xE000)], 0xFFFD)  # and halves of characters, which no file can hold
 
 
 def write_report(folder: Path) -> Path:
@@ -58,14 +61,14 @@ def write_report(folder: Path) -> Path:
     )  # fmt: skip
     target = run.folder / "report.html"
     staged = target.with_name(target.name + ".tmp")
-    staged.write_text(page, encoding="utf-8", errors="replace")
+    staged.write_text(page, encoding="utf-8")
     staged.replace(target)
     return target
 
 
 def visible(value: Any) -> Any:
-    """Every text on its way to the page: controls become signs, and none may change the direction of what follows."""
-    return value.translate(CONTROL | BIDI) if type(value) is str else value
+    """Every text on its way to the page: what would not be seen, or would change how other text is seen, becomes a sign."""
+    return value.translate(SIGNS) if type(value) is str else value
 
 
 def clip(text: Any) -> str:
@@ -97,12 +100,12 @@ def evaluation_table(run: Run, group: Sequence[Ran]) -> dict[str, Any]:
             "name": stage.name, "model": source_text(stage.settings.get("model")), "cells": cells,
             "finished": stage.done is not None, "seconds": seconds_text(dig(stage.done, "seconds")),
         })  # fmt: skip
-    shown = [(run.label(each)[:30], each.figures[metric]) for each in having] if metric else []
-    plot = intervals_svg([name for name, _ in shown], [each for _, each in shown], metric, group[0].name) if metric else ""
-    counts = sorted({each.count for _, each in shown})
+    names, drawn = [visible(run.label(each))[:30] for each in having], [each.figures[metric] for each in having if metric]
+    plot = intervals_svg(names, drawn, visible(metric), group[0].name) if drawn else ""
+    counts = sorted({each.count for each in drawn})
     against = {source_text(each.settings.get("kl_to")) for each in group if each.settings.get("kl_to")}
     return {
-        "columns": [HEADS.get(name, name) for name in columns], "rows": rows, "plot": Markup(plot), "how": how, "metric": metric,
+        "columns": [HEADS.get(name, name) for name in columns], "rows": rows, "plot": Markup(plot), "how": how,
         "problems": ", ".join(map(str, counts)), "task": task_text(group[0].settings.get("task")),
         "kl_to": listed(sorted(against)) if against else "",
     }  # fmt: skip
@@ -166,7 +169,7 @@ def _how_long(stage: Ran) -> Iterator[str]:
     optim = settings.get("optim")
     rate = number(dig(optim, "learning_rate"))
     if rate is not None:
-        yield f"learning rate {rate:g}, {dig(optim, 'schedule')}"
+        yield f"learning rate {plain(rate)}, {dig(optim, 'schedule')}"
     step, value = number(dig(best, "step")), number(dig(best, "value"))
     if step is not None:
         name = str(dig(settings, "validation", "best"))
@@ -180,8 +183,7 @@ def kind_text(section: Any) -> str:
     if not isinstance(section, dict):
         return str(section or "–")
     given = {key: value for key, value in section.items() if key != "kind" and value is not None}
-    plain = [f"{key} {value:g}" if number(value) is not None else f"{key} {value}" for key, value in given.items()]
-    return ", ".join([str(section.get("kind", "")), *plain])
+    return ", ".join([str(section.get("kind", "")), *(f"{key} {value}" for key, value in given.items())])
 
 
 def source_text(model: Any) -> str:
@@ -292,7 +294,7 @@ def side_by_side(run: Run, group: Sequence[Ran]) -> dict[str, Any] | None:
     greedy = dig(group[0].settings, "evaluation", "greedy") is not False
     return {
         "stages": [run.label(stage) for stage, _ in answered], "shared": len(shared), "unlike": sum(map(len, unlike)),
-        "kinds": [(marks, len(kinds[marks])) for marks in order][:8], "greedy": greedy, "problems": problems,
+        "kinds": [(marks, len(kinds[marks])) for marks in order][:16], "greedy": greedy, "problems": problems,
     }  # fmt: skip
 
 
@@ -301,13 +303,14 @@ def provenance(run: Run) -> dict[str, Any]:
     import yaml
 
     stages = list(run.stages.values())
+    recipe = {key: value for key, value in run.recipe.items() if value is not None}
     versions: dict[str, list[str]] = {}
     marks: dict[str, str] = {}
     for stage in stages:
-        for library, number_ in (dig(stage.about, "versions") or {}).items():
-            if str(number_) not in versions.setdefault(str(library), []):
-                versions[str(library)].append(str(number_))
-        found = dig(stage.about, "facts", "fingerprints") or {}
+        for library, found in section(stage.about, "versions").items():
+            if str(found) not in versions.setdefault(library, []):
+                versions[library].append(str(found))
+        found = section(stage.about, "facts", "fingerprints")
         marks |= {f"{name} (stage {stage.name})": str(mark) for name, mark in found.items()}
     said = Counter(str(dig(stage.about, "git")) for stage in stages if dig(stage.about, "git"))
     code = Counter(str(dig(stage.about, "facts", "code")) for stage in stages if dig(stage.about, "facts", "code"))
@@ -317,15 +320,6 @@ def provenance(run: Run) -> dict[str, Any]:
         "seed": run.recipe.get("seed"), "git": list(said), "code": list(code), "versions": versions, "fingerprints": marks,
         "keys": {stage.name: (str(stage.about.get("key", "–")), stage.folder.name) for stage in stages},
         "when": [time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at)) for at in (min(times), max(times))] if times else [],
-        "recipe": yaml.safe_dump(runnable(run.recipe), sort_keys=False, allow_unicode=True, width=120),
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120),
         "command": f"posttrain run {shlex.quote(run.name + '.yaml')}",
     }  # fmt: skip
-
-
-def runnable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The resolved recipe such that it can be run again: a stage may not name the sections that it does not use."""
-    stages = {}
-    for name, stage in (recipe.get("stages") or {}).items():
-        unused = {"task", "rollout"} if dig(stage, "kind") == "train" and not dig(stage, "task") else set()
-        stages[name] = {key: value for key, value in stage.items() if key not in unused} if isinstance(stage, dict) else stage
-    return {**{key: value for key, value in recipe.items() if value is not None}, "stages": stages}

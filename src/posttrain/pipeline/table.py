@@ -38,8 +38,7 @@ class Ran:
 
     @property
     def figures(self) -> dict[str, Figure]:
-        metrics = dig(self.done, "metrics")
-        found = {str(name): figure(value) for name, value in metrics.items()} if isinstance(metrics, dict) else {}
+        found = {name: figure(value) for name, value in section(self.done, "metrics").items()}
         return {name: each for name, each in found.items() if each is not None}
 
     def lines(self, name: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -101,6 +100,12 @@ def dig(value: Any, *path: str) -> Any:
     return value
 
 
+def section(value: Any, *path: str) -> dict[str, Any]:
+    """The mapping at a path of keys, empty where there is none."""
+    found = dig(value, *path)
+    return found if isinstance(found, dict) else {}
+
+
 def number(value: Any) -> float | None:
     """A finite number, else None: NaN, infinities, nulls and texts are no numbers to show."""
     plain = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
@@ -125,13 +130,15 @@ def read_run(folder: Path) -> Run:
     recipe, places = dig(index, "recipe"), dig(index, "folders")
     if isinstance(recipe, dict) and isinstance(places, dict):
         wanted = {str(name): folder / Path(str(place)).name for name, place in places.items()}
+        ended = (folder / "recipe.json").stat().st_mtime
+        later = [path.parent for path in folder.glob("*/stage.json") if path.stat().st_mtime > ended]
+        notes += [f"{place.name}: was begun after this run had ended and is not in this report." for place in sorted(later)]
     else:  # the run did not come to its end: its stages say what it was
         recipe, wanted = {}, _newest(folder, notes)
     stages: dict[str, Ran] = {}
     for name, place in wanted.items():
         about = _json(place / "stage.json", notes) or {}
-        settings = dig(about, "facts", "settings") or dig(recipe, "stages", name)
-        settings = settings if isinstance(settings, dict) else {}
+        settings = section(about, "facts", "settings") or section(recipe, "stages", name)
         stages[name] = Ran(name, place, about, _json(place / "done.json", notes), settings)
     if not stages:
         raise InputError(f"{folder}: holds no run: no recipe.json and no stage's folder; name a folder such as runs/quickstart")
@@ -164,7 +171,7 @@ def _newest(folder: Path, notes: list[str]) -> dict[str, Path]:
 
     def visit(name: str, seen: tuple[str, ...]) -> None:
         place, about = begun[name]
-        for other in dig(about, "facts", "inputs") or {}:
+        for other in section(about, "facts", "inputs"):
             if other in begun and other not in seen:
                 visit(other, (*seen, name))
         ordered.setdefault(name, place)
@@ -190,9 +197,9 @@ def amount(value: float) -> str:
     return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
 
 
-def plain(value: float) -> str:
+def plain(value: float, digits: int = 3) -> str:
     """A setting or a small number: 0.001, 2e-5."""
-    return re.sub(r"e([+-])0", r"e\1", f"{value:.3g}")
+    return re.sub(r"e([+-])0", r"e\1", f"{value:.{digits}g}")
 
 
 def value_text(name: str, value: float) -> str:

@@ -7,14 +7,26 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from posttrain.evaluate import Figure
-from posttrain.pipeline.table import Ran, Run, dig, figure_text, interval_text, known, main_metric, number, plural, value_text
+from posttrain.pipeline.table import (
+    Ran,
+    Run,
+    dig,
+    figure_text,
+    interval_text,
+    known,
+    main_metric,
+    number,
+    plural,
+    section,
+    value_text,
+)  # fmt: skip
 
 
 def comparable(run: Run) -> list[list[Ran]]:
     """The evaluations in groups that answered the same problems in the same way. Only within a group are figures compared."""
     groups: dict[str, list[Ran]] = {}
     for stage in run.evaluations():
-        marks = dig(stage.about, "facts", "fingerprints") or {}
+        marks = section(stage.about, "facts", "fingerprints")
         problems = [marks[name] for name in sorted(marks) if str(name).startswith("task ")] or stage.settings.get("task")
         groups.setdefault(json.dumps([problems, stage.settings.get("evaluation")], sort_keys=True, default=str), []).append(stage)
     return list(groups.values())
@@ -118,14 +130,14 @@ def _seen(run: Run, stage: Ran) -> Iterator[str]:
         validation = step.settings.get("validation")
         uses: list[tuple[str, Any]] = [("was trained on", {name: step.settings.get(name) for name in ("data", "task")})]
         uses += [("chose its best weights by", validation)] if dig(validation, "best") else []
-        for words, section in uses:
-            if any(one[0] == other[0] and one[1] < other[2] and other[1] < one[2] for one in asked for other in _slices(section)):
-                yield f"{step.name} {words} rows of the file on which {stage.name} evaluates it: that figure may be too good."
+        for words, part in uses:
+            if any(one[0] == other[0] and one[1] < other[2] and other[1] < one[2] for one in asked for other in _slices(part)):
+                yield f"{step.name} {words} rows that {stage.name} evaluates on: the figures of {stage.name} may be too good."
 
 
-def _slices(section: Any) -> Iterator[tuple[str, float, float]]:
-    """(what is read, first row, end) of each source of problems or rows in a section."""
-    for part in (dig(section, "data"), dig(section, "task")):
+def _slices(around: Any) -> Iterator[tuple[str, float, float]]:
+    """(what is read, first row, end) of each source of rows in `around`'s data and of problems in its task."""
+    for part in (dig(around, "data"), dig(around, "task")):
         sources = dig(part, "sources") or [dig(part, "source")]
         for source in sources if isinstance(sources, list) else []:
             if isinstance(source, dict):

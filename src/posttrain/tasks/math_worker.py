@@ -42,4 +42,5 @@ def main() -> None:
         print(json.dumps({"readable": bool(gold), "right": [bool(each) for each in right]}), file=replies, flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

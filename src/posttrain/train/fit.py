@@ -61,11 +61,11 @@ def fit(run: Training, record: "Recorder") -> None:
         stats = Stats(dict(update.stats))
         for item in in_pieces(update, run.micro_tokens):  # 3. gradients add up, piece by piece
             loss = item.objective.loss(run.policy, item.batch.to(run.policy.device))
-            total = sum(term / max(1, units[item.objective.kind, name]) for name, term in loss.terms.items())
+            total = sum(term / max(1, units[id(item.objective), name]) for name, term in loss.terms.items())
             assert isinstance(total, torch.Tensor)
             refuse_nonfinite(total, item, run.step)
             total.backward()
-            stats.add(loss.stats | term_stats(loss, item, units))
+            stats.add(loss.stats | term_stats(loss, item))
         norm = clip(run)  # 4. one optimizer step
         for group in run.optimizer.param_groups:
             group["lr"] = run.optim.rate(run.step, run.steps)
@@ -79,12 +79,13 @@ def fit(run: Training, record: "Recorder") -> None:
     record.end(run)
 
 
-def count_units(update: Update) -> dict[tuple[str, str], int]:
-    """{(objective, term): tokens, sequences or pairs of the whole update}."""
-    units: dict[tuple[str, str], int] = {}
+def count_units(update: Update) -> dict[tuple[int, str], int]:
+    """{(id of the objective, term): tokens, sequences or pairs of the whole update}."""
+    units: dict[tuple[int, str], int] = {}
     for item in update.items:
         for term, count in item.objective.units(item.batch).items():
-            units[item.objective.kind, term] = units.get((item.objective.kind, term), 0) + count
+            place = id(item.objective), term
+            units[place] = units.get(place, 0) + count
     return units
 
 
@@ -95,7 +96,7 @@ def in_pieces(update: Update, micro_tokens: int) -> Iterator[Item]:
             yield Item(item.objective, item.batch.select(rows), [item.labels[row] for row in rows])
 
 
-def term_stats(loss: "Loss", item: Item, units: dict[tuple[str, str], int]) -> dict[str, tuple[float, int]]:
+def term_stats(loss: "Loss", item: Item) -> dict[str, tuple[float, int]]:
     """Each term as a stat `loss/<term>`, in its own units."""
     counts = item.objective.units(item.batch)
     return {f"loss/{name}": (float(term.detach()), counts[name]) for name, term in loss.terms.items()}

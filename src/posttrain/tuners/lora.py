@@ -1,5 +1,6 @@
 """LoRA: low-rank updates of linear layers; parameters and file format are peft's."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
@@ -42,7 +43,13 @@ class LoRA(Tuner, kind="lora"):
         from peft import inject_adapter_in_model
 
         self._check_targets(model)
-        inject_adapter_in_model(self._config(), model, ADAPTER)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself (GPT-2's Conv1D)
+                inject_adapter_in_model(self._config(), model, ADAPTER)
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise RecipeError(f"tuner.targets: this architecture does not take LoRA there: {first}; name other layers") from None
 
     def _config(self) -> "LoraConfig":
         from peft import LoraConfig

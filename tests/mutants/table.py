@@ -1,0 +1,166 @@
+"""The errors that trainers are known for, each as a change of one line of ours, and the test that must fail because of it.
+
+`old` occurs exactly once in `file`. When that line is rewritten, rewrite the breakage with it.
+"""
+
+from dataclasses import dataclass
+
+LOSSES, LAYOUTS, PROPERTIES, SAMPLING = "test_losses.py", "test_layouts.py", "test_properties.py", "test_sampling.py"
+ALONE = "test_tree_padded_and_each_sequence_alone_give_the_same_log_probs_and_gradients"
+SPLIT = "test_splitting_a_batch_does_not_change_the_gradient_or_the_figures"
+RESUME = "test_two_updates_a_resume_and_two_more_are_four_updates_bit_for_bit"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`trap`: what a person would say went wrong. `test`: file::name, under tests/."""
+
+    trap: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = [
+    Mutant(
+        "a mean of the means of micro-batches",
+        "train/fit.py",
+        "total = sum(term / max(1, units[id(item.objective), name]) for name, term in loss.terms.items())",
+        "total = sum(term / max(1, item.objective.units(item.batch)[name]) for name, term in loss.terms.items())",
+        f"{PROPERTIES}::{SPLIT}[float64-full-sft-sequences]",
+    ),
+    Mutant(
+        "a mean over the samples of a micro-batch where a sum belongs",
+        "objectives/grpo.py",
+        "losses.sequence_means(per_token, owner, batch.count).sum()",
+        "losses.sequence_means(per_token, owner, batch.count).mean()",
+        f"{PROPERTIES}::{SPLIT}[float64-full-grpo-aggregate=sequence-rollouts]",
+    ),
+    Mutant(
+        "labels shifted by one: a state is asked for the token that it has read",
+        "models/layout.py",
+        "layout.paths[first + b][np.flatnonzero(train[edges[b] : edges[b + 1]]) - 1]",
+        "layout.paths[first + b][np.flatnonzero(train[edges[b] : edges[b + 1]])]",
+        f"{LAYOUTS}::{ALONE}[llama-float32]",
+    ),
+    Mutant(
+        "the end-of-turn token is not trained",
+        "data/render.py",
+        "return len(prefix), stop",
+        "return len(prefix), stop - 1",
+        "test_render.py::test_exactly_the_answers_and_their_end_tokens_are_trained",
+    ),
+    Mutant(
+        "sampled at a temperature, scored without it",
+        "objectives/grpo.py",
+        "logp = policy.logprobs(batch.seqs, temperature=batch.temperature)",
+        "logp = policy.logprobs(batch.seqs)",
+        f"{PROPERTIES}::test_in_the_first_update_every_ratio_is_one_and_nothing_is_clipped[grpo-llama-0.7]",
+    ),
+    Mutant(
+        "the two sides of the clip range swapped",
+        "losses/policy_gradient.py",
+        "ratio.clamp(1 - clip_low, 1 + clip_high)",
+        "ratio.clamp(1 - clip_high, 1 + clip_low)",
+        f"{LOSSES}::test_the_two_sides_are_clipped_by_their_own_settings",
+    ),
+    Mutant(
+        "the sign of the policy gradient turned around",
+        "losses/policy_gradient.py",
+        "return -torch.minimum(",
+        "return torch.minimum(",
+        f"{LOSSES}::test_at_a_ratio_of_one_the_gradient_is_minus_the_advantage_so_that_descent_raises_what_was_good",
+    ),
+    Mutant(
+        "the deviation of a group without Bessel's correction",
+        "losses/credit.py",
+        "(squares / (sizes - 1).clamp(min=1)).sqrt()",
+        "(squares / sizes.clamp(min=1)).sqrt()",
+        f"{LOSSES}::test_a_groups_advantages_use_the_bessel_deviation_and_1e_minus_4",
+    ),
+    Mutant(
+        "rounding in a group of equal scores taken for a signal",
+        "losses/credit.py",
+        "torch.where(deviation < EQUAL, torch.zeros_like(centred), centred)",
+        "torch.where(deviation < 0, torch.zeros_like(centred), centred)",
+        f"{LOSSES}::test_a_group_of_equal_scores_has_an_advantage_of_exactly_zero[group-torch.float64]",
+    ),
+    Mutant(
+        "the reference is the policy itself: the adapter is not switched off",
+        "tuners/lora.py",
+        "layer._disable_adapters = True",
+        "layer._disable_adapters = False",
+        f"{PROPERTIES}::test_lora_switched_off_is_the_base_and_merged_is_what_it_was[llama]",
+    ),
+    Mutant(
+        "positions run on through the row instead of restarting with each sequence",
+        "models/layout.py",
+        "[np.arange(part.depth, part.depth + part.end - part.start) for part in planter.segments]",
+        "[np.arange(part.start, part.end) for part in planter.segments]",
+        f"{LAYOUTS}::{ALONE}[gpt2-float32]",
+    ),
+    Mutant(
+        "a shared prefix is seen by sequences that do not have it",
+        "models/attention.py",
+        "own, below = slice(part.start, part.end), slice(part.end, part.tree_end)",
+        "own, below = slice(part.start, part.end), slice(part.end, row)",
+        f"{LAYOUTS}::{ALONE}[llama-float32]",
+    ),
+    Mutant(
+        "a sequence attends to its siblings",
+        "models/attention.py",
+        "for each in self.layout.ancestors(part)]",
+        "for each in self.layout.segments]",
+        f"{LAYOUTS}::test_a_neighbours_tokens_change_nothing_bit_for_bit[mistral]",
+    ),
+    Mutant(
+        "a shared prefix gets no gradient from what follows it",
+        "models/attention.py",
+        "add(slice(part.end, part.tree_end), own, False)",
+        "pass",
+        f"{LAYOUTS}::test_a_gradient_reaches_the_shared_prefix_from_every_branch",
+    ),
+    Mutant(
+        "a sliding window that is one token too wide",
+        "models/attention.py",
+        "(gap >= 0) & (gap < scoring.window)",
+        "(gap >= 0) & (gap <= scoring.window)",
+        f"{LAYOUTS}::{ALONE}[mistral-float32]",
+    ),
+    Mutant(
+        "the recorded log-probability is not of the distribution that was drawn from",
+        "sampling/draw.py",
+        "return token, logp.gather(1, token[:, None])[:, 0]",
+        "return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]",
+        f"{SAMPLING}::test_the_log_probs_recorded_while_sampling_are_the_trainers[llama-0.7]",
+    ),
+    Mutant(
+        "draws that depend on what else is in the batch",
+        "sampling/engine.py",
+        'draws.generator(self.seed, "sample", *request.address)',
+        'draws.generator(self.seed, "sample", len(self.running))',
+        f"{SAMPLING}::test_the_same_seed_gives_the_same_draws_alone_in_a_batch_in_any_order_and_with_any_number_of_rows[llama]",
+    ),
+    Mutant(
+        "a resumed run begins its data anew",
+        "data/stream.py",
+        'self.drawn = list(state["drawn"])',
+        'self.drawn = [0] * len(state["drawn"])',
+        f"{PROPERTIES}::{RESUME}[full-sft-sequences]",
+    ),
+    Mutant(
+        "a resumed run forgets the state of its optimizer",
+        "train/record.py",
+        'restore_optimizer(run, dict(found.tensors["optimizer"]))',
+        "pass",
+        f"{PROPERTIES}::{RESUME}[lora-sft-sequences]",
+    ),
+    Mutant(
+        "frozen parameters given to the optimizer",
+        "tuners/tuner.py",
+        "for name, parameter in model.named_parameters() if parameter.requires_grad}",
+        "for name, parameter in model.named_parameters()}",
+        f"{PROPERTIES}::test_frozen_means_frozen_and_the_optimizer_holds_nothing_else[lora-sft-sequences]",
+    ),
+]

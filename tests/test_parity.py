@@ -1,0 +1,346 @@
+"""The same numbers as other people's code: transformers' and TRL's losses, gradients and advantages are the oracles.
+
+What is compared with what, on one tiny Llama in float64 and with the tokens that posttrain's own templates render:
+
+- SFT: `fit`'s pieces (`count_units`, `in_pieces`, `SFT.loss`) against `transformers.loss.loss_utils.fixed_cross_entropy` on
+  float64 logits, against `transformers.Trainer.training_step`, and against `trl.SFTTrainer.compute_loss` on a data set that is
+  already tokenised; all over an update cut into unequal micro-batches, with the token mean over the whole update.
+- GRPO: samples and grades through `GRPO.credit` and `GRPO.loss` against `trl.GRPOTrainer`: its `_generate_and_score_completions`
+  is handed the same completions by a rollout function and makes advantages, old and reference log-probs by itself, its
+  `_compute_loss` the loss. TRL "grpo" is our `aggregate: sequence`, "dapo" our `aggregate: token`.
+
+transformers and TRL compute their logits in float32 here, which is what the tolerance of 1e-6 is for; without them it is 1e-12.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from tiny_runs import base
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.loss.loss_utils import fixed_cross_entropy
+
+from posttrain import losses
+from posttrain.batch import Sequences
+from posttrain.data.render import Template
+from posttrain.models.load import Loaded, load
+from posttrain.models.roles import Frozen, Roles
+from posttrain.models.source import ModelSource
+from posttrain.objectives import GRPO, SFT, Objective
+from posttrain.text import Conversation, Grade, Message, Problem, Sample
+from posttrain.train.fit import count_units, in_pieces
+from posttrain.train.updates import Item, Update
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+Row = tuple[list[int], list[bool]]
+Gradients = dict[str, Tensor]
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+F32, F64 = 1e-6, 1e-12
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def loaded(noise: float = 0.1, seed: int = 0) -> Loaded:
+    """The tiny base in float64, moved a little, so that no two tokens are equally likely."""
+    made = load(ModelSource(path=str(base()), dtype="float64"))
+    moved(made.lm.model, noise, seed)
+    return made
+
+
+def moved(model: PreTrainedModel, noise: float, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
+
+
+def gradients(model: PreTrainedModel) -> Gradients:
+    """Of every parameter, taken off the model."""
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same(ours: tuple[float, Gradients], theirs: tuple[float, Gradients], tolerance: float) -> None:
+    """The loss and the whole gradient relative to their size, and each parameter's gradient within twice of that."""
+    assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        assert gradient.norm() > 0, f"{name} takes part"
+        gap = float((ours[1][name] - gradient).norm() / gradient.norm())
+        assert gap < 2 * tolerance, f"the gradient of {name} differs by {gap:.2g}"
+    one, other = (torch.cat([each[1][name].flatten() for name in theirs[1]]) for each in (ours, theirs))
+    assert (one - other).norm() / other.norm() < tolerance
+
+
+def our_update(model: Loaded, objective: Objective, batch: Any, micro_tokens: int) -> tuple[float, Gradients]:
+    """Loss and gradients of one update as `fit` makes them."""
+    update = Update((Item(objective, batch, [str(row) for row in range(batch.count)]),))
+    units, loss, pieces = count_units(update), 0.0, 0
+    for item in in_pieces(update, micro_tokens):
+        terms = objective.loss(model.lm, item.batch).terms
+        total = sum(term / units[id(objective), name] for name, term in terms.items())
+        assert isinstance(total, Tensor)
+        total.backward()
+        loss, pieces = loss + float(total.detach()), pieces + 1
+    assert pieces > 1, "the update is cut into micro-batches"
+    return loss, gradients(model.lm.model)
+
+
+# ---- supervised fine-tuning
+
+
+def rendered(template: Template) -> list[Row]:
+    """Seven conversations of one to three answers, of very unequal length: 3 to 40 trained tokens."""
+    draw, rows = random.Random(0), []
+    for index in range(7):
+        turns: list[Message] = []
+        for turn in range(1 + index % 3):
+            turns += [
+                Message("user", f"What is {index} + {turn}?"),
+                Message("assistant", "It is so." * draw.randrange(6) + "7"),
+            ]
+        rows.append(template.conversation(Conversation(tuple(turns))))
+    return [(list(tokens), list(train)) for tokens, train in rows]
+
+
+def examples(rows: list[Row]) -> list[dict[str, list[int]]]:
+    """As transformers takes them: labels of -100 where nothing is learned."""
+    return [
+        {"input_ids": tokens, "labels": [token if mark else -100 for token, mark in zip(tokens, train, strict=True)]}
+        for tokens, train in rows
+    ]
+
+
+def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "labels": -100}
+    batch = {
+        name: torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows]) for name, value in fill.items()
+    }
+    batch["attention_mask"] = torch.tensor(
+        [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+    )
+    return batch
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 60, 120])
+def test_sft_is_the_token_mean_of_transformers_cross_entropy_over_the_whole_update(micro_tokens: int) -> None:
+    """Against `fixed_cross_entropy` on float64 logits of single rows, so that only the formula is compared: 1e-12."""
+    model = loaded()
+    rows = rendered(Template(model.tokenizer))
+    items = sum(sum(train) for _, train in rows)
+    theirs = 0.0
+    for row in examples(rows):
+        logits = model.lm.model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        loss = fixed_cross_entropy(logits[:-1], torch.tensor(row["labels"][1:]), num_items_in_batch=items)
+        loss.backward()
+        theirs += float(loss.detach())
+    expected = theirs, gradients(model.lm.model)
+    assert_same(our_update(model, SFT(), Sequences.of(rows), micro_tokens), expected, F64)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 1), (1, 6), (2, 2, 2, 1)])
+def test_sft_equals_the_update_of_transformers_trainer_over_unequal_micro_batches(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    """`Trainer.get_batch_samples` counts the tokens of the update, `Trainer.training_step` adds up the gradients."""
+    model = loaded()
+    rows = rendered(Template(model.tokenizer))
+    arguments = TrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, gradient_accumulation_steps=len(sizes), disable_tqdm=True
+    )
+    trainer = Trainer(model.lm.model, arguments)
+    flat, batches = examples(rows), []
+    for size in sizes:
+        batches.append(padded(flat[:size]))
+        flat = flat[size:]
+    samples, items = trainer.get_batch_samples(iter(batches), len(sizes), torch.device("cpu"))
+    assert int(items) == sum(sum(train) for _, train in rows)
+    trainer.current_gradient_accumulation_steps = len(samples)
+    theirs = sum(float(trainer.training_step(model.lm.model, each, items)) for each in samples)
+    expected = theirs, gradients(model.lm.model)
+    model.lm.model.eval()
+    assert_same(our_update(model, SFT(), Sequences.of(rows), 60), expected, F32)
+    means = sum(float(model.lm.model(**each).loss.detach()) for each in batches) / len(batches)
+    assert abs(means / theirs - 1) > 1e-3, "a mean of means would have been something else"
+
+
+@pytest.mark.parametrize("masks", ["completion_mask", "assistant_masks"])
+def test_sft_equals_trls_sft_trainer_on_the_same_tokens(masks: str, tmp_path: Path) -> None:
+    """`SFTTrainer` with `loss_type="nll"` on pre-tokenised rows with a mask; its collator, its counts, its `compute_loss`."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model = loaded()
+    rows = rendered(Template(model.tokenizer))
+    ours = our_update(model, SFT(), Sequences.of(rows), 60)
+    arguments = trl.SFTConfig(
+        str(tmp_path), report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=3, gradient_accumulation_steps=3,
+        completion_only_loss=True if masks == "completion_mask" else None, loss_type="nll", gradient_checkpointing=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_list([{"input_ids": tokens, masks: [int(mark) for mark in train]} for tokens, train in rows])
+    trainer = trl.SFTTrainer(model.lm.model, args=arguments, train_dataset=data, processing_class=model.tokenizer)
+    samples, items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 3, torch.device("cpu"))
+    assert sorted(len(each["input_ids"]) for each in samples) == [1, 3, 3]
+    assert int(items) == sum(sum(train) for _, train in rows)
+    theirs = 0.0
+    for each in samples:
+        loss = trainer.compute_loss(model.lm.model, each, num_items_in_batch=items)
+        loss.backward()
+        theirs += float(loss.detach())
+    assert_same(ours, (theirs, gradients(model.lm.model)), F32)
+
+
+# ---- GRPO
+
+GROUPS, GROUP = 3, 4
+SCORES = [1.0, 0.0, 0.25, 0.0, 0.5, 0.5, 0.5, 0.5, 3.0, -1.0, 0.0, 1.0]
+
+
+def completions(end: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) token ids: GROUPS prompts of unequal length with GROUP completions of 1 to 9 tokens each."""
+    draw, found = random.Random(1), []
+    for group in range(GROUPS):
+        prompt = [draw.randrange(6, 300) for _ in range(3 + 2 * group)]
+        for index in range(GROUP):
+            length = 1 + (5 * index + 3 * group) % 9
+            found.append((prompt, [draw.randrange(6, 300) for _ in range(length - 1)] + [end]))
+    return found
+
+
+def oracle(
+    model: Loaded, folder: Path, scores: list[float | None] | None = None, **changes: Any
+) -> tuple[Any, Callable[[], dict[str, Tensor]]]:
+    """A TRL GRPO trainer around the model; the function returns its scored batch of `completions`.
+
+    Twelve samples are two micro-batches of one update; two iterations, so that old log-probs are kept.
+    """
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    pairs = completions(model.tokenizer.eos_token_id)
+    given: list[Any] = list(SCORES if scores is None else scores)
+
+    def rollout(prompts: list[Any], _trainer: Any) -> dict[str, Any]:
+        assert len(prompts) == len(pairs)
+        answers = [answer for _, answer in pairs]
+        logp = [[0.0] * len(answer) for answer in answers]
+        return {"prompt_ids": [prompt for prompt, _ in pairs], "completion_ids": answers, "logprobs": logp}
+
+    def reward(completions: list[str], **_: Any) -> list[Any]:
+        assert len(completions) == len(given)
+        return given
+
+    arguments = trl.GRPOConfig(
+        str(folder), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False,
+        per_device_train_batch_size=6, gradient_accumulation_steps=2, num_generations=GROUP, num_iterations=2,
+        use_bias_correction_kl=False, epsilon=CLIP_LOW, epsilon_high=CLIP_HIGH, **changes,
+    )  # fmt: skip
+    data = Dataset.from_list([{"prompt": "any"}] * len(pairs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = trl.GRPOTrainer(
+            model.lm.model, reward, args=arguments, train_dataset=data, processing_class=model.tokenizer, rollout_func=rollout
+        )
+    trainer.current_gradient_accumulation_steps = 2
+    trainer.model.train()
+    return trainer, lambda: trainer._generate_and_score_completions([{"prompt": "any"}] * len(pairs))
+
+
+def their_update(trainer: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
+    loss = 0.0
+    for part in (slice(0, 6), slice(6, 12)):
+        each = trainer._compute_loss(trainer.model, {name: value[part] if value.ndim else value for name, value in batch.items()})
+        each.backward()
+        loss += float(each.detach())
+    return loss, gradients(trainer.model)
+
+
+def sampled(model: Loaded, temperature: float) -> list[Sample]:
+    """The same completions as our sampler would hand them over, with the log-probs of the model as it is."""
+    found = []
+    for index, (prompt, answer) in enumerate(completions(model.tokenizer.eos_token_id)):
+        marks = [False] * len(prompt) + [True] * len(answer)
+        with torch.no_grad():
+            logp = model.lm.logprobs(Sequences.of([(prompt + answer, marks)]), temperature=temperature)
+        problem = Problem(f"p{index // GROUP}", (Message("user", "any"),))
+        found.append(Sample(problem, index % GROUP, (*prompt, *answer), tuple(marks), tuple(logp.tolist()), "end", ""))
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+@pytest.mark.parametrize(("loss_type", "aggregate"), [("grpo", "sequence"), ("dapo", "token")])
+def test_grpos_loss_and_gradients_equal_trls(
+    loss_type: str, aggregate: Literal["sequence", "token"], kl: float, temperature: float, tmp_path: Path
+) -> None:
+    """A reference, a policy that sampled, a policy that learns: three sets of weights; ratios clipped on both sides."""
+    model, reference = loaded(), loaded()
+    trainer, scored = oracle(model, tmp_path, loss_type=loss_type, beta=kl, temperature=temperature)
+    if kl:
+        trainer.ref_model.load_state_dict(reference.lm.model.state_dict())  # TRL reads its reference from the folder
+    moved(model.lm.model, 0.03, seed=5)
+    batch, samples = scored(), sampled(model, temperature)
+    objective = GRPO(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, aggregate=aggregate, kl=kl)
+    grades = [Grade(score) for score in SCORES]
+    rollouts = objective.credit(samples, grades, Roles(Frozen(reference.lm)), temperature)
+    lengths = [len(sample.logp) for sample in samples]
+    assert batch["completion_mask"].sum(1).tolist() == lengths == rollouts.seqs.trained_lengths.tolist()
+    mask = batch["completion_mask"].bool()
+    torch.testing.assert_close(batch["old_per_token_logps"][mask], rollouts.sampled_logp, rtol=0, atol=5e-6)
+    moved(model.lm.model, 0.02, seed=6)  # since it sampled
+    theirs = their_update(trainer, batch)
+    model.lm.model.eval()
+    with torch.no_grad():
+        ratio = (model.lm.logprobs(rollouts.seqs, temperature=temperature) - rollouts.sampled_logp).exp()
+    up, down = rollouts.advantage > 0, rollouts.advantage < 0
+    assert ((ratio > 1 + CLIP_HIGH) & up).any(), "clipped above"
+    assert ((ratio < 1 - CLIP_LOW) & down).any(), "clipped below"
+    assert ((ratio > 1 - CLIP_LOW) & (ratio < 1 + CLIP_HIGH)).any(), "and not everywhere"
+    assert_same(our_update(model, objective, rollouts, 30), theirs, F32)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        SCORES,
+        [1.0, 0.0, 0.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0, 0.0, 0.0],
+        [100.0, 101.0, 99.5, 100.0, -3.0, 7.0, 7.0, 7.0, 1e-3, 2e-3, 1e-3, 1e-3],
+    ],
+)
+def test_advantages_equal_trls_own_normalisation(scale: str, scores: list[float], tmp_path: Path) -> None:
+    """`scale_rewards` against `losses.group_advantages`; where a group's scores are all equal ours are exactly zero."""
+    _, scored = oracle(loaded(), tmp_path, scores, scale_rewards=scale, beta=0.0)
+    groups = torch.arange(GROUPS).repeat_interleave(GROUP)
+    ours = losses.group_advantages(torch.tensor(scores), groups, scale)  # type: ignore[arg-type]
+    torch.testing.assert_close(ours, scored()["advantages"], rtol=1e-6, atol=1e-6)
+    for group in range(GROUPS):
+        members = scores[group * GROUP : (group + 1) * GROUP]
+        assert (len(set(members)) == 1) == bool((ours[groups == group] == 0).all())
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_sample_that_could_not_be_graded_takes_no_part_in_a_baseline_as_in_trl(scale: Any, tmp_path: Path) -> None:
+    """TRL: a reward of None; ours: a grade that is a failure, which is not in the batch at all."""
+    scores: list[float | None] = [*SCORES]
+    scores[1] = scores[10] = None
+    model = loaded()
+    _, scored = oracle(model, tmp_path, scores, scale_rewards=scale, beta=0.0)
+    grades = [Grade(score, failure=None if score is not None else "no answer") for score in scores]
+    batch = GRPO(scale=scale).credit(sampled(model, 1.0), grades, Roles(), 1.0)
+    ours = batch.advantage[batch.seqs.trained_lengths.cumsum(0) - 1]
+    theirs = scored()["advantages"]
+    torch.testing.assert_close(ours, theirs[[score is not None for score in scores]], rtol=1e-6, atol=1e-6)
+    assert theirs[[1, 10]].tolist() == [0.0, 0.0]
