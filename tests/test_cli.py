@@ -147,7 +147,7 @@ def test_init_writes_a_recipe_that_loads_and_never_overwrites(posttrain, place):
 def test_report_refuses_a_folder_that_is_no_run(posttrain):
     status, _, err = posttrain("report", "nowhere")
     assert status == 2
-    assert "nowhere: is no finished run" in err
+    assert "nowhere: holds no run" in err
 
 
 def test_a_fault_of_our_own_ends_with_3_and_leaves_the_traceback_in_a_file(posttrain, place, monkeypatch):

@@ -551,7 +551,7 @@ def test_a_run_that_was_cut_short_is_told_from_its_stages(tmp_path: Path) -> Non
 
 def test_a_stage_begun_after_the_run_had_ended_is_pointed_out(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, whole())
-    os.utime(folder / "recipe.json", (2e9, 2e9))
+    os.utime(folder / "recipe.json", (1, 1))  # a copied folder: times say nothing about the stages that are in the report
     assert "was begun after" not in Page(folder).text
     newer = folder / "sft-0123456789"
     newer.mkdir()

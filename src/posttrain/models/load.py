@@ -139,5 +139,7 @@ def _relative(one: "Tensor", other: "Tensor") -> float:
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes an ordinary transformers folder: safetensors, config, tokenizer and chat template."""
     transformers_logging.disable_progress_bar()
+    before, model.config.use_cache = model.config.use_cache, True  # off while training; not for those who use the model
     model.save_pretrained(folder, safe_serialization=True)
+    model.config.use_cache = before
     tokenizer.save_pretrained(folder)

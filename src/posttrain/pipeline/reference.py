@@ -15,7 +15,7 @@ Written from the code by `python -m posttrain.pipeline.reference`; a test keeps 
 same for one kind, `posttrain kinds --schema` a JSON Schema for editors.
 
 A recipe is the section *recipe* below, or one training stage without it. A component of a *family* is written as a mapping with
-`kind` and the kind's fields, or as the kind's name alone; `kind: my_module:MyClass` is a class of your own, found beside the recipe.
+`kind` and the kind's fields, or as the kind's name alone; `kind: my_module:MyClass` is a class of yours, found beside the recipe.
 """
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from posttrain.errors import InputError, RunError
 from posttrain.pipeline import provenance
 from posttrain.pipeline.recipe import Recipe
-from posttrain.pipeline.stage import Context
+from posttrain.pipeline.stage import Context, Interrupted, references
 
 DONE, RECORD = "done.json", "stage.json"
 SHORT = 10  # letters of a key in a folder's name
@@ -38,19 +38,13 @@ def plan(recipe: Recipe, root: Path = Path("runs")) -> list[Planned]:
     planned: dict[str, Planned] = {}
     for name in recipe.order():
         stage = recipe.stages[name]
-        inputs = {other: planned[other].key for other in provenance_inputs(recipe, name)}
+        inputs = {other: planned[other].key for other in references(stage)}
         facts = provenance.identity(stage, recipe.seed, inputs)
         key = provenance.key_of(facts)
         place = folder / f"{name}-{key[:SHORT]}"
         action, why = _action(folder, name, place, facts)
         planned[name] = Planned(name, action, why, place, key, facts)
     return list(planned.values())
-
-
-def provenance_inputs(recipe: Recipe, name: str) -> list[str]:
-    from posttrain.pipeline.stage import references
-
-    return references(recipe.stages[name])
 
 
 def _action(folder: Path, name: str, place: Path, facts: dict[str, Any]) -> tuple[Literal["reuse", "resume", "run"], str]:
@@ -97,8 +91,12 @@ def run(recipe: Recipe, root: Path | str = Path("runs"), listener: Listener | No
     folder.mkdir(parents=True, exist_ok=True)
     records: dict[str, dict[str, Any]] = {}
     places = {each.name: each.folder for each in planned}
+    about = {"recipe": recipe.model_dump(mode="json"), "folders": {name: place.name for name, place in places.items()}}
     with locked(folder), signals() as interrupted:
+        write_json(folder / "recipe.json", about)
         for each in planned:
+            if (signal_name := interrupted()) is not None:
+                raise Interrupted(signal_name)
             listener.stage(each)
             if each.action == "reuse":
                 records[each.name] = read_json(each.folder / DONE)
@@ -110,9 +108,7 @@ def run(recipe: Recipe, root: Path | str = Path("runs"), listener: Listener | No
             listener.done(each, records[each.name])
         summary = {"recipe": recipe.name, "stages": {name: _summary(record) for name, record in records.items()}}
         write_json(folder / "summary.json", summary)
-        write_json(
-            folder / "recipe.json", {"recipe": recipe.model_dump(mode="json"), "folders": {n: p.name for n, p in places.items()}}
-        )
+        write_json(folder / "recipe.json", about)
     return Result(recipe.name, folder, records, places)
 
 
@@ -130,7 +126,11 @@ def _run_stage(recipe: Recipe, each: Planned, context: Context) -> dict[str, Any
     write_json(each.folder / RECORD, about)
     began = time.perf_counter()
     reset_peak_memory()
-    record = recipe.stages[each.name].run(context)
+    try:
+        record = recipe.stages[each.name].run(context)
+    except OSError as error:
+        where = error.filename or each.folder
+        raise RunError(f"{error.strerror or error}: {where}; mend this, then run the same command again to resume") from error
     record = {"seconds": 0.0, **record}
     record["wall_seconds"] = round(time.perf_counter() - began, 2)
     record["seconds"] = round(record["seconds"] or record["wall_seconds"], 2)

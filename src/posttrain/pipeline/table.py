@@ -131,7 +131,7 @@ def read_run(folder: Path) -> Run:
     if isinstance(recipe, dict) and isinstance(places, dict):
         wanted = {str(name): folder / Path(str(place)).name for name, place in places.items()}
         ended = (folder / "recipe.json").stat().st_mtime
-        later = [path.parent for path in folder.glob("*/stage.json") if path.stat().st_mtime > ended]
+        later = {path.parent for path in folder.glob("*/stage.json") if path.stat().st_mtime > ended} - set(wanted.values())
         notes += [f"{place.name}: was begun after this run had ended and is not in this report." for place in sorted(later)]
     else:  # the run did not come to its end: its stages say what it was
         recipe, wanted = {}, _newest(folder, notes)

@@ -59,7 +59,7 @@ def sample(
         if policy.context is not None and len(prompt) + sampling.max_tokens > policy.context:
             raise DataError(
                 f"{problem.where or problem.id}: the prompt has {len(prompt)} tokens, and with sampling.max_tokens "
-                f"{sampling.max_tokens} exceeds the model's context of {policy.context}; lower max_tokens, or leave this problem out"
+                f"{sampling.max_tokens} exceeds the model's context of {policy.context}; lower max_tokens, or leave this one out"
             )
     engine = sampler.open(policy, sampling, sorted(template.stop_ids), seed)
     wanted: dict[tuple[int | str, ...], tuple[Problem, int]] = {}

@@ -8,8 +8,10 @@ else is JSON: nothing is pickled. The latest checkpoint is computed, never store
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+STALE = re.compile(r"[a-z]+-\d{8}\.tmp-\d+(-old)?")
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,11 @@ def save(parent: Path, checkpoint: Checkpoint, owner: str, prefix: str = "step")
             files[f"{name}.safetensors"] = _write(staging / f"{name}.safetensors", to_bytes(plain))
         files[STATE] = _write(staging / STATE, json.dumps(checkpoint.state).encode())
         manifest = {"format": FORMAT, "owner": owner, "step": checkpoint.step, "files": files}
-        _write(staging / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write(staging / MANIFEST, json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode())
         commit(staging, target)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
-        whole = latest_name(parent)
+        whole = next((folder_of(parent, each.step).name for each in _whole(parent, owner)), None)
         raise RunError(
             f"{error.strerror} while writing {error.filename or staging}; "
             f"{f'{whole} is whole' if whole else 'no checkpoint was lost'}; make room, then run the same command again to resume"
@@ -122,24 +125,36 @@ def load(folder: Path, owner: str) -> Checkpoint:
     )
 
 
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        known = manifest["format"] == FORMAT and {"owner", "step", "files"} <= manifest.keys() and STATE in manifest["files"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder / MANIFEST}: is missing; this checkpoint is not whole") from None
+        manifest = json.loads(_read(path, "is missing; this checkpoint is not whole"))
+        if manifest["format"] == FORMAT and manifest.pop("seal") != _seal(manifest):
+            raise ValueError
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / MANIFEST}: is damaged; this checkpoint is not whole") from None
-    if not known:
-        raise CheckpointError(f"{folder / MANIFEST}: has a form that this version of posttrain does not read")
+        raise CheckpointError(f"{path}: is damaged; this checkpoint is not whole") from None
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: has a form that this version of posttrain does not read")
+    if not folder.name.endswith(f"-{manifest['step']:08d}"):
+        raise CheckpointError(f"{path}: is of step {manifest['step']}; this folder was renamed, or its manifest is another's")
     return dict(manifest)
 
 
-def _verified(path: Path, facts: Mapping[str, Any]) -> bytes:
+def _read(path: Path, missing: str) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing, though its manifest lists it") from None
+        raise CheckpointError(f"{path}: {missing}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _verified(path: Path, facts: Mapping[str, Any]) -> bytes:
+    content = _read(path, "is missing, though its manifest lists it")
     if len(content) != facts["size"]:
         raise CheckpointError(
             f"{path}: has {len(content)} bytes where its manifest says {facts['size']}; it was cut or overwritten"
@@ -153,13 +168,16 @@ def steps(parent: Path, prefix: str = "step") -> list[int]:
     """The steps of the committed checkpoints, ascending; whether they are whole is seen when they are loaded."""
     if not parent.is_dir():
         return []
-    names = [each.name for each in parent.iterdir() if each.is_dir() and ".tmp-" not in each.name]
-    return sorted(int(name.rpartition("-")[2]) for name in names if name.rpartition("-")[0] == prefix)
+    pattern = re.compile(rf"{prefix}-(\d{{8}})")
+    found = [pattern.fullmatch(each.name) for each in parent.iterdir() if each.is_dir()]
+    return sorted(int(name[1]) for name in found if name)
 
 
-def latest_name(parent: Path) -> str | None:
-    found = steps(parent)
-    return folder_of(parent, found[-1]).name if found else None
+def _whole(parent: Path, owner: str) -> "Iterator[Checkpoint]":
+    """The whole checkpoints of this run, newest first."""
+    for step in reversed(steps(parent)):
+        with suppress(CheckpointError):
+            yield load(folder_of(parent, step), owner)
 
 
 def load_latest(parent: Path, owner: str) -> tuple[Checkpoint | None, list[str]]:
@@ -182,8 +200,9 @@ def load_latest(parent: Path, owner: str) -> tuple[Checkpoint | None, list[str]]
 
 def remove_stale(parent: Path) -> None:
     """Removes what crashed writers left behind: folders of our own staging pattern only."""
-    for folder in parent.glob("*-????????.tmp-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in parent.iterdir() if parent.is_dir() else ():
+        if STALE.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def rotate(parent: Path, keep: int) -> None:

@@ -73,9 +73,9 @@ def fit(run: Training, record: "Recorder") -> None:
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
         run.seconds += time.perf_counter() - began
-        record.step(run, update, stats.means() | {"grad_norm": norm}, time.perf_counter() - began)  # 5. log, validate, save
         if run.seconds_limit is not None and run.seconds >= run.seconds_limit:
-            run.stopped = run.stopped or f"its {run.seconds_limit:.0f} seconds are over"
+            run.stopped = f"its {run.seconds_limit:.0f} seconds are over"
+        record.step(run, update, stats.means() | {"grad_norm": norm}, time.perf_counter() - began)  # 5. log, validate, save
     record.end(run)
 
 

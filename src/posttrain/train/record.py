@@ -35,14 +35,14 @@ class Lines:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().split(b"\n"):  # only this ends a line: texts may hold separators of their own
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except ValueError:
-                break  # the line that a kill cut short
+                break  # the end, or the line that a kill cut short
         staged = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
-        staged.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        staged.write_bytes(b"".join(line + b"\n" for line in kept))
         staged.replace(self.path)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -79,13 +79,13 @@ class Recorder:
             row["validation"] = self._validate(run)
         self.metrics.add({**row, "time": {"seconds": round(seconds, 4), "at": round(time.time(), 3)}})
         for one, grade in update.samples[:SHOWN_SAMPLES]:
-            self.samples.add({"step": run.step, "id": one.problem.id, "index": one.index, "text": one.text, "score": grade.score})
+            asked = {"id": one.problem.id, "prompt": one.problem.prompt[-1].content, "answer": one.problem.answer}
+            self.samples.add({"step": run.step, **asked, "index": one.index, "text": one.text, "score": grade.score})
         self.show(run, {**metrics, "tokens": tokens, "seconds": seconds})
         why = self.interrupted()
-        if why is not None:
-            run.stopped = why
-        if run.step % self.checkpoints.every == 0 or run.step == run.steps or run.stopped is not None:
-            self.save(run)
+        if run.step % self.checkpoints.every == 0 or run.step == run.steps or (why or run.stopped) is not None:
+            self.save(run)  # with the run's own reason to stop: a signal is no part of its state
+        run.stopped = why or run.stopped
 
     def _validate(self, run: "Training") -> dict[str, Any]:
         found = self.validate(run)
@@ -133,8 +133,7 @@ class Recorder:
         run.updates.load(found.state["updates"], dict(found.tensors["waiting"]))
         run.step, run.seconds = found.step, found.state["seconds"]
         self.best, self.since_best = found.state["best"], found.state["since_best"]
-        reason = found.state["stopped"]
-        run.stopped = None if reason in INTERRUPTIONS else reason
+        run.stopped = found.state["stopped"]
         return True
 
     def end(self, run: "Training") -> None:

@@ -167,4 +167,6 @@ def export(settings: TrainSettings, session: Session, lm: LM, template: Template
     """The adapter alone, where the tuner has one; then the whole model, merged, as an ordinary transformers folder."""
     settings.tuner.save_adapter(lm.model, session.folder / "adapter", settings.model.path or "")
     settings.tuner.merge(lm.model)
+    if lm.model.generation_config is not None:  # those who generate with the folder stop where our sampler stops
+        lm.model.generation_config.eos_token_id = sorted(template.stop_ids)
     save(lm.model, template.tokenizer, session.folder / "model")

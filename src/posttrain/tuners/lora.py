@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "default"
+PREFIX = "base_model.model."  # of every weight in peft's files: the model inside of a PeftModel
 
 
 class LoRA(Tuner, kind="lora"):
@@ -94,9 +95,11 @@ class LoRA(Tuner, kind="lora"):
 
         folder.mkdir(parents=True, exist_ok=True)
         state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
+        state = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
+        save_file(state, folder / "adapter_model.safetensors")
         config = model.peft_config[ADAPTER]
         config.base_model_name_or_path, config.inference_mode = base, True
+        config.target_modules = sorted(config.target_modules)  # a set has another order in every process
         config.save_pretrained(str(folder))
 
     @contextmanager
