@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from posttrain import faults
 from posttrain.errors import CheckpointError, RunError
-from posttrain.train import checkpoint
-from posttrain.train.checkpoint import Checkpoint
-from posttrain.train.optim import AdamW
-from posttrain.train.record import optimizer_tensors, restore_optimizer
+from posttrain.training import checkpoint
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.optim import AdamW
+from posttrain.training.record import optimizer_tensors, restore_optimizer
 
 OWNER = "0123456789abcdef" * 4
 FILES = ["weights.safetensors", "optimizer.safetensors", "waiting.safetensors", "state.json", "manifest.json"]

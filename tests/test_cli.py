@@ -157,3 +157,27 @@ def test_a_fault_of_our_own_ends_with_3_and_leaves_the_traceback_in_a_file(postt
     assert "a fault of posttrain; the traceback is in posttrain-error.txt" in err
     assert "Traceback" not in err
     assert "ZeroDivisionError" in (place / "posttrain-error.txt").read_text()
+
+
+def test_the_python_functions_keep_their_names_whatever_is_imported():
+    import posttrain
+    import posttrain.evaluation.evaluate
+    import posttrain.training.fit
+    from posttrain import Recipe, evaluate, load, run, train
+
+    assert all(callable(each) for each in (Recipe, evaluate, load, run, train))
+    assert posttrain.train is train
+
+
+def test_training_and_evaluating_from_python(place, model, monkeypatch):
+    from posttrain import evaluate, train
+
+    rows = [{"prompt": [{"role": "user", "content": "1 + 2"}], "completion": "1 + 2 = 3"}]
+    folder = train(
+        root=place / "api", model=str(model), objective="sft", data={"sources": {"kind": "inline", "items": rows}}, steps=30,
+        optim={"learning_rate": 0.02, "schedule": "constant", "warmup": 0}, batch={"rows": 1},
+    )  # fmt: skip
+    problems = {"kind": "arithmetic", "source": {"kind": "inline", "items": [{"id": "a", "prompt": "1 + 2", "answer": "3"}]}}
+    report = evaluate(folder, problems, samples=4, sampling={"max_tokens": 16})
+    assert report.figures["greedy"].value == 1.0
+    assert report.figures["pass@1"].value > 0.5

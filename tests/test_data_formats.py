@@ -59,11 +59,13 @@ def test_a_mapped_column_that_is_absent_is_named():
 
 
 def test_columns_that_fit_no_format_are_refused_with_a_mapping():
+    import posttrain.tasks  # noqa: F401  (tasks add a format of their own)
+
     write({"instruction": "a", "output": "b"})
     assert refusal() == (
         'train.jsonl:1: no format fits the columns "instruction", "output"; name one and map its columns, such as '
         "format: {kind: prompt_completion, fields: {prompt: instruction, completion: output}}; "
-        "formats: messages (messages); preference (chosen, rejected); problem (prompt); "
+        "formats: choice (question, choices, answer); messages (messages); preference (chosen, rejected); problem (prompt); "
         "prompt_completion (prompt, completion); text (text)"
     )
     write({"prompt": "a", "response": "b"})

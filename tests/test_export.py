@@ -20,7 +20,7 @@ from posttrain.models.source import ModelSource
 from posttrain.pipeline.run import run
 from posttrain.sampling import InProcess, Sampling, sample
 from posttrain.text import Message, Problem
-from posttrain.train import checkpoint
+from posttrain.training import checkpoint
 from posttrain.tuners import Tuner, tuned
 
 CHAT = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "It is 7."}]

@@ -15,7 +15,7 @@ HOUSE = ROOT / "src" / "posttrain"
 FILES = sorted(HOUSE.rglob("*.py"))
 ORDER = [
     "errors", "component", "yaml", "paths", "draws", "faults", "text", "batch",
-    "losses", "data", "models", "tuners", "objectives", "sampling", "tasks", "rl", "evaluate", "train", "synth", "compress",
+    "losses", "data", "models", "tuners", "objectives", "sampling", "tasks", "rl", "evaluation", "training", "synth", "compress",
     "pipeline", "check", "api", "cli",
 ]  # fmt: skip
 LONGEST = 400

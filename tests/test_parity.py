@@ -33,8 +33,8 @@ from posttrain.models.roles import Frozen, Roles
 from posttrain.models.source import ModelSource
 from posttrain.objectives import GRPO, SFT, Objective
 from posttrain.text import Conversation, Grade, Message, Problem, Sample
-from posttrain.train.fit import count_units, in_pieces
-from posttrain.train.updates import Item, Update
+from posttrain.training.fit import count_units, in_pieces
+from posttrain.training.updates import Item, Update
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 Row = tuple[list[int], list[bool]]

@@ -20,11 +20,11 @@ from posttrain.objectives import GRPO, Objective, OnPolicy
 from posttrain.sampling import Sampling
 from posttrain.sampling.engine import Engine, Request
 from posttrain.text import Grade, Problem, Sample
-from posttrain.train.fit import Training, count_units, fit, in_pieces
-from posttrain.train.optim import AdamW
-from posttrain.train.record import Recorder
-from posttrain.train.settings import Checkpoints
-from posttrain.train.updates import Item, Update
+from posttrain.training.fit import Training, count_units, fit, in_pieces
+from posttrain.training.optim import AdamW
+from posttrain.training.record import Recorder
+from posttrain.training.settings import Checkpoints
+from posttrain.training.updates import Item, Update
 from posttrain.tuners import LoRA, Tuner, tuned
 
 KINDS = {kind: cls for kind, cls in Objective.kinds.items() if ":" not in kind}

@@ -34,7 +34,7 @@ from posttrain.errors import InputError
 from posttrain.objectives import Objective
 from posttrain.pipeline.run import Listener, locked, plan, run
 from posttrain.pipeline.stage import Interrupted
-from posttrain.train.record import Lines
+from posttrain.training.record import Lines
 from posttrain.tuners import Tuner
 
 NLL = {"data": DATA, "best": "nll", "every": 1}

@@ -9,8 +9,8 @@ from torch import nn
 
 from posttrain.data.stream import Stream
 from posttrain.objectives import Objective
-from posttrain.train.fit import Training, fit
-from posttrain.train.updates import Item, Update
+from posttrain.training.fit import Training, fit
+from posttrain.training.updates import Item, Update
 from posttrain.tuners import Tuner, tuned
 
 TUNERS = {"full": {}, "lora": {"rank": 3, "alpha": 5.0}}

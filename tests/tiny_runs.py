@@ -168,7 +168,7 @@ def _serve() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import posttrain.train.session  # noqa: F401
+    import posttrain.training.session  # noqa: F401
     from posttrain.pipeline import provenance
 
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from posttrain.pipeline.run import Listener, Result
 from posttrain.pipeline.run import run as run_recipe
 
 if TYPE_CHECKING:
-    from posttrain.evaluate import Report
+    from posttrain.evaluation import Report
     from posttrain.models.load import Loaded
 
 __all__ = ["Recipe", "evaluate", "load", "run", "train"]
@@ -45,8 +45,8 @@ def load(model: str | Path) -> "Loaded":
 def evaluate(model: "str | Path | Loaded", task: Any, seed: int = 0, **evaluation: Any) -> "Report":
     """Answers a task's problems (`task="arithmetic"` or a mapping as in a recipe); `.figures` have 95% intervals."""
     from posttrain.data.render import Template
-    from posttrain.evaluate import Evaluation
-    from posttrain.evaluate import evaluate as evaluate_policy
+    from posttrain.evaluation import Evaluation
+    from posttrain.evaluation import evaluate as evaluate_policy
     from posttrain.tasks import Task
 
     loaded = load(model) if isinstance(model, str | Path) else model

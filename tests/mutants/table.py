@@ -25,7 +25,7 @@ class Mutant:
 MUTANTS = [
     Mutant(
         "a mean of the means of micro-batches",
-        "train/fit.py",
+        "training/fit.py",
         "total = sum(term / max(1, units[id(item.objective), name]) for name, term in loss.terms.items())",
         "total = sum(term / max(1, item.objective.units(item.batch)[name]) for name, term in loss.terms.items())",
         f"{PROPERTIES}::{SPLIT}[float64-full-sft-sequences]",
@@ -151,7 +151,7 @@ MUTANTS = [
     ),
     Mutant(
         "a resumed run forgets the state of its optimizer",
-        "train/record.py",
+        "training/record.py",
         'restore_optimizer(run, dict(found.tensors["optimizer"]))',
         "pass",
         f"{PROPERTIES}::{RESUME}[lora-sft-sequences]",

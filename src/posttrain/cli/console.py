@@ -9,7 +9,7 @@ from posttrain.pipeline.run import Listener, Planned
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from posttrain.train.fit import Training
+    from posttrain.training.fit import Training
 
 VERBS = {"reuse": "reused", "resume": "goes on", "run": "runs"}
 QUIET_SECONDS = 10.0  # between progress lines when nobody watches

@@ -28,7 +28,7 @@ def evaluate(
     assert isinstance(stage, Evaluate)
 
     from posttrain.data.render import Template
-    from posttrain.evaluate import evaluate as evaluate_policy
+    from posttrain.evaluation import evaluate as evaluate_policy
     from posttrain.models.load import load
     from posttrain.models.roles import Frozen
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from posttrain.evaluate import Figure
+from posttrain.evaluation import Figure
 from posttrain.pipeline.table import amount, dig, figure, is_share, known, number, plain
 
 if TYPE_CHECKING:

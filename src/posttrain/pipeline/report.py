@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from posttrain.evaluate.evaluate import RIGHT
+from posttrain.evaluation.evaluate import RIGHT
 from posttrain.pipeline.table import (
     HEADS,
     Ran,

@@ -7,19 +7,19 @@ from pydantic import Field, PositiveInt
 
 from posttrain.component import Settings
 from posttrain.data.dataset import Data
-from posttrain.evaluate import Evaluation
+from posttrain.evaluation import Evaluation
 from posttrain.models.source import ModelSource
 from posttrain.pipeline.stage import Context, Interrupted, Metrics, Stage
 from posttrain.sampling import InProcess, Sampler
 from posttrain.tasks import Task
-from posttrain.train.settings import TrainSettings
+from posttrain.training.settings import TrainSettings
 
 
 class Train(TrainSettings, Stage, kind="train"):
     """Trains a model with an objective; writes it as an ordinary transformers folder."""
 
     def run(self, context: Context) -> Metrics:
-        from posttrain.train.session import Session, train
+        from posttrain.training.session import Session, train
 
         settings = self.model_copy(update={"model": context.model(self.model)})
         session = Session(
@@ -60,7 +60,7 @@ class Evaluate(Stage, kind="evaluate"):
         import json
 
         from posttrain.data.render import Template
-        from posttrain.evaluate import evaluate
+        from posttrain.evaluation import evaluate
         from posttrain.models.load import load
         from posttrain.models.roles import Frozen
 

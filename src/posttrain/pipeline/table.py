@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import InputError
-from posttrain.evaluate import Figure
+from posttrain.evaluation import Figure
 
 NAN = math.nan
 LARGEST = 1e300  # an integer of a damaged file may be larger than any float

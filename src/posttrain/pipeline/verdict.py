@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from posttrain.evaluate import Figure
+from posttrain.evaluation import Figure
 from posttrain.pipeline.table import (
     Ran,
     Run,

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.train import checkpoint
-from posttrain.train.checkpoint import Checkpoint
+from posttrain.training import checkpoint
+from posttrain.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from posttrain.train.fit import Training
-    from posttrain.train.settings import Checkpoints, Validation
-    from posttrain.train.updates import Update
+    from posttrain.training.fit import Training
+    from posttrain.training.settings import Checkpoints, Validation
+    from posttrain.training.updates import Update
 
 LOWER_IS_BETTER = {"nll"}
 SHOWN_SAMPLES = 4

@@ -9,7 +9,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from posttrain.component import Settings
 from posttrain.errors import RunError
-from posttrain.evaluate.intervals import Figure, average, pass_at, share
+from posttrain.evaluation.intervals import Figure, average, pass_at, share
 from posttrain.sampling import Sampler, Sampling, sample
 from posttrain.text import Grade, Sample
 

@@ -8,13 +8,13 @@ from posttrain.component import Settings
 from posttrain.data.dataset import Data
 from posttrain.data.format import detect
 from posttrain.errors import RecipeError
-from posttrain.evaluate import Evaluation
+from posttrain.evaluation import Evaluation
 from posttrain.models.source import ModelSource
 from posttrain.objectives import Objective, OnPolicy
 from posttrain.rl import Rollout
 from posttrain.sampling import InProcess, Sampler
 from posttrain.tasks import Task
-from posttrain.train.optim import AdamW, Optimizer
+from posttrain.training.optim import AdamW, Optimizer
 from posttrain.tuners import Full, Tuner
 
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from posttrain.batch import micro_batches
 from posttrain.errors import RunError
-from posttrain.train.updates import Item, Update, Updates
+from posttrain.training.updates import Item, Update, Updates
 
 if TYPE_CHECKING:
     from posttrain.models.lm import LM
     from posttrain.objectives import Loss
-    from posttrain.train.optim import Optimizer
-    from posttrain.train.record import Recorder
+    from posttrain.training.optim import Optimizer
+    from posttrain.training.record import Recorder
 
 
 @dataclass

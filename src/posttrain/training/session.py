@@ -13,16 +13,16 @@ from posttrain.batch import Sequences, micro_batches
 from posttrain.data.dataset import Loaded, Rendered
 from posttrain.data.render import Template
 from posttrain.errors import DataError
-from posttrain.evaluate import evaluate
+from posttrain.evaluation import evaluate
 from posttrain.models.lm import LM
 from posttrain.models.load import load, save
 from posttrain.models.roles import Frozen, Roles
 from posttrain.objectives import OnPolicy
 from posttrain.rl import OnPolicyStream
-from posttrain.train.fit import Training, fit
-from posttrain.train.record import INTERRUPTIONS, Recorder, Show
-from posttrain.train.settings import TrainSettings
-from posttrain.train.updates import RowUpdates, SampledUpdates, Updates
+from posttrain.training.fit import Training, fit
+from posttrain.training.record import INTERRUPTIONS, Recorder, Show
+from posttrain.training.settings import TrainSettings
+from posttrain.training.updates import RowUpdates, SampledUpdates, Updates
 from posttrain.tuners import tuned
 
 UNBOUNDED = 10**9  # steps of a run whose end is a time
