@@ -39,7 +39,7 @@ def test_there_are_breakages_of_every_part_of_the_house():
     assert len(MUTANTS) >= 15
     assert len({mutant.trap for mutant in MUTANTS}) == len(MUTANTS)
     assert {mutant.file.partition("/")[0] for mutant in MUTANTS} >= {
-        "losses", "data", "models", "tuners", "objectives", "sampling", "train",
+        "losses", "data", "models", "tuners", "objectives", "sampling", "training",
     }  # fmt: skip
 
 
