@@ -117,3 +117,50 @@ def test_a_row_beyond_the_context_is_refused_before_training(folder, tmp_path):
 def test_the_cost_of_waiting_threads_is_not_paid():
     code = "import posttrain, os; print(os.environ['OMP_WAIT_POLICY'])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "PASSIVE"
+
+
+def test_a_layout_that_the_model_does_not_take_is_refused(folder):
+    from tiny_models import transformer
+
+    from posttrain.models.load import wrap
+
+    with pytest.raises(ModelError, match="does not take layout: tree; use layout: auto, or padded"):
+        wrap(transformer("mamba"), ModelSource(path="m", layout="tree"))
+
+
+def test_lora_on_a_tied_head_is_refused_because_merging_would_change_the_embeddings(folder):
+    from posttrain.errors import RecipeError
+    from posttrain.tuners import LoRA
+
+    with pytest.raises(RecipeError, match="lm_head shares its weights with the embeddings"):
+        LoRA(targets=["lm_head"]).install(load(folder).lm.model)
+
+
+def test_a_chat_template_is_part_of_what_decides_a_stage(folder, tmp_path):
+    from posttrain.pipeline.recipe import Recipe
+    from posttrain.pipeline.run import plan
+
+    template = tmp_path / "t.jinja"
+    text = f"stages: {{e: {{kind: evaluate, task: arithmetic, model: {{path: {folder}, chat_template: {template}}}}}}}\n"
+    with pytest.raises(ModelError, match=r"t.jinja: no such file"):
+        plan(Recipe.parse(text), tmp_path)
+    keys = set()
+    for content in ("A", "B"):
+        template.write_text(content)
+        keys |= {plan(Recipe.parse(text), tmp_path)[0].key}
+    assert len(keys) == 2
+
+
+def test_a_device_that_is_not_there_is_refused(folder):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert "device 'cuda' cannot be used" in refusal(ModelSource(path=str(folder), device="cuda"))
+
+
+def test_a_diverged_policy_is_named_when_it_is_sampled_from(folder):
+    from posttrain.errors import RunError
+    from posttrain.sampling import Sampling
+    from posttrain.sampling.draw import draw
+
+    with pytest.raises(RunError, match="the policy's logits are not finite: its weights have diverged"):
+        draw(torch.full((2, 5), torch.nan), torch.tensor([0.1, 0.9], dtype=torch.float64), Sampling())

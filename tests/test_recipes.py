@@ -59,6 +59,12 @@ def refusal(text: str, *overrides: str) -> str:
         (GRPO + "model: again\n", "r.yaml:5: column 1: the key 'model' stands twice in one section"),
         ("stages: {a: {kind: evaluate, model: m}}\n", "stages.a.task: is missing"),
         ("stages: {a: {kind: evaluat}}\n", "unknown stage 'evaluat'; did you mean 'evaluate'?"),
+        (GRPO + "batch: {rows: 7}\n", "batch.rows: objective grpo is sized by `rollout`"),
+        (SFT + "validation: {task: arithmetic, evaluation: {samples: 0, greedy: false}}\n", "nothing is evaluated: set samples, greedy"),
+        (
+            "stages: {e: {kind: evaluate, model: m, task: arithmetic}, t: {kind: evaluate, model: {stage: e}, task: arithmetic}}\n",
+            "stage 't' wants the model of stage 'e', but a stage of kind evaluate makes none",
+        ),
         ("a: [1\n", "not valid YAML"),
         ("- a\n", "r.yaml:1: a recipe is a mapping"),
         ("a: !!python/object:os.system x\n", "is not allowed in a recipe"),
@@ -87,6 +93,19 @@ def test_an_override_reaches_the_setting_and_its_fault_names_the_command_line():
     assert Recipe.parse(SFT, ["tuner=lora", "tuner.rank=3"]).stages["train"].tuner.rank == 3
     assert "command line `optim.learning_rat=1`: optim.learning_rat: no such setting" in refusal(SFT, "optim.learning_rat=1")
     assert "is not `key=value`" in refusal(SFT, "optim")
+
+
+def test_an_override_below_a_plain_string_keeps_what_the_string_meant():
+    text = SFT.replace("{path: some/model}", "some/model").replace("{kind: inline, items: [{prompt: a, completion: b}]}", "f.jsonl")
+    stage = Recipe.parse(text, ["model.dtype=mixed", "data.sources.rows=0:5"]).stages["train"]
+    assert (stage.model.path, stage.model.dtype) == ("some/model", "mixed")
+    assert (stage.data.sources[0].path, stage.data.sources[0].rows) == ("f.jsonl", "0:5")
+
+
+def test_a_held_out_loss_can_be_measured_beside_sampling(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    text = GRPO.replace("some/model", "org/name") + f"validation: {{data: {{sources: {tmp_path}/rows.jsonl}}, best: nll}}\n"
+    Recipe.parse(text).check()
 
 
 def test_an_alias_bomb_is_refused():

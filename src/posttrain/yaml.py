@@ -10,6 +10,7 @@ from posttrain.errors import RecipeError
 
 Path_ = tuple[str | int, ...]
 TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")}
+PATHS = {"model", "kl_to", "source", "sources"}  # sections in which a plain string is a path
 MAX_NODES = 100_000  # aliases are expanded; a bomb of aliases stops here
 
 
@@ -133,8 +134,8 @@ def override(document: Document, setting: str) -> None:
             section[part] = {}
             document.places[path] = place
         try:
-            if isinstance(section[step], str):  # `objective: sft` is short for `objective: {kind: sft}`
-                section[step] = {"kind": section[step]}
+            if isinstance(section[step], str):  # `objective: sft` is short for `{kind: sft}`, `model: x` for `{path: x}`
+                section[step] = {"path" if part in PATHS else "kind": section[step]}
             section = section[step]
         except (IndexError, KeyError, TypeError):
             raise RecipeError(f"{place}: {'.'.join(map(str, path))}: there is no such section") from None

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 ERRORS = "posttrain-error.txt"
@@ -28,6 +29,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        Path(ERRORS).write_text(traceback.format_exc(), encoding="utf-8")
+        with suppress(OSError):
+            Path(ERRORS).write_text(traceback.format_exc(), encoding="utf-8")
         print(f"error: {type(error).__name__}: {error} (a fault of posttrain; the traceback is in {ERRORS})", file=sys.stderr)
         sys.exit(3)

@@ -29,7 +29,7 @@ def outcome(planned: Planned, record: dict[str, Any]) -> str:
     figures = [
         f"{name} {figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
         for name, figure in record.get("metrics", {}).items()
-        if name in {"pass@1", "greedy", "nll"}
+        if name in {"pass@1", "greedy", "nll"} and None not in figure.values()
     ]
     if record.get("best"):
         figures.append(f"best {record['best']['value']:.4g} at step {record['best']['step']}")

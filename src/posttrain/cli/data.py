@@ -30,6 +30,8 @@ def data(
     from posttrain.data.dataset import Data, describe
     from posttrain.errors import DataError
 
+    if bad := [pair for pair in fields or [] if "=" not in pair]:
+        raise DataError(f"--field {bad[0]}: write it as wanted=column")
     section: dict[str, Any] = {"sources": {"kind": "file", "path": file}, "max_tokens": max_tokens}
     if format is not None:
         section["format"] = {"kind": format, "fields": dict(pair.split("=", 1) for pair in fields or [] if "=" in pair)}
@@ -52,7 +54,12 @@ def template_of(model: str, data: Any) -> Any:
     from transformers import AutoTokenizer
 
     from posttrain.data.render import Template
+    from posttrain.errors import ModelError
     from posttrain.models.source import ModelSource
 
     folder = ModelSource(path=model).folder()
-    return Template(AutoTokenizer.from_pretrained(str(folder or model)), chat=data.read().needs_chat)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder or model))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{model}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+    return Template(tokenizer, chat=data.read().needs_chat)

@@ -38,5 +38,7 @@ def init(file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path
 
     if file.exists():
         raise InputError(f"{file}: exists already; name another file")
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent}: no such folder; make it first")
     file.write_text(STARTER.format(name=file, stem=file.stem), encoding="utf-8")
     print(f"wrote {file}; next: posttrain run {file} --dry-run")

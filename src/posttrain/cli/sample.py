@@ -12,7 +12,9 @@ def sample(
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many samples.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together have this probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=1e-6, max=1.0, help="Keep the likeliest tokens that together have this probability.")
+    ] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue plain text, without the chat template (base models).")] = False,
@@ -24,6 +26,7 @@ def sample(
     Example: posttrain sample posttrain:tiny-base --raw "12 + 7 =" -n 4
     """
     from posttrain.data.render import Template
+    from posttrain.errors import InputError
     from posttrain.models.load import load
     from posttrain.sampling import InProcess, Sampling
     from posttrain.sampling.engine import Request
@@ -33,6 +36,8 @@ def sample(
     template = Template(loaded.tokenizer, chat=not raw)
     asked = [*([Message("system", system)] if system else []), Message("user", prompt)]
     tokens = template.tokenizer.encode(prompt, add_special_tokens=True) if raw else template.prompt(asked)
+    if not tokens:
+        raise InputError("there is nothing to continue: give some text")
     plan = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
     engine = InProcess().open(loaded.lm, plan, sorted(template.stop_ids), seed)
     for index in range(count):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from posttrain.component import Settings
 from posttrain.errors import RunError
@@ -34,6 +34,12 @@ class Evaluation(Settings):
     limit: PositiveInt | None = None
     """Only the first so many problems."""
 
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> "Evaluation":
+        if not self.samples and not self.greedy:
+            raise ValueError("nothing is evaluated: set samples, greedy or both")
+        return self
+
 
 @dataclass(frozen=True)
 class Report:
@@ -44,6 +50,7 @@ class Report:
     failures: int = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON: a bound that is not known (one problem alone) is null."""
         return {name: figure.as_dict() for name, figure in self.figures.items()}
 
 

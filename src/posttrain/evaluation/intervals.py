@@ -17,8 +17,8 @@ class Figure:
     high: float
     count: int
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+    def as_dict(self) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def share(values: Sequence[float]) -> Figure:

@@ -62,14 +62,21 @@ def load(source: ModelSource | str | Path) -> Loaded:
             "this tokenizer belongs to another model"
         )
     device = source.device if source.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    return Loaded(wrap(model.to(device), source), tokenizer)
+    try:
+        model = model.to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise ModelError(f"{source.path}: device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return Loaded(wrap(model, source), tokenizer)
 
 
 def wrap(model: PreTrainedModel, source: ModelSource) -> LM:
     """An LM around a transformers model, in the layout that it takes."""
     model.eval()
     model.config.use_cache = False
-    name: LayoutName = source.layout if source.layout != "auto" else ("tree" if takes_the_tree(model) else "padded")
+    able = source.layout != "padded" and takes_the_tree(model)
+    if source.layout == "tree" and not able:
+        raise ModelError(f"{source.path}: {type(model).__name__} does not take layout: tree; use layout: auto, or padded")
+    name: LayoutName = "tree" if able else "padded"
     lm = LM(model, name, mixed=source.dtype == "mixed")
     if (gap := head_gap(lm)) > 1e-2:
         raise ModelError(
@@ -140,6 +147,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """Writes an ordinary transformers folder: safetensors, config, tokenizer and chat template."""
     transformers_logging.disable_progress_bar()
     before, model.config.use_cache = model.config.use_cache, True  # off while training; not for those who use the model
-    model.save_pretrained(folder, safe_serialization=True)
+    try:
+        model.save_pretrained(folder, safe_serialization=True)
+    except SafetensorError as error:  # a full disk, as the library says it
+        raise OSError(f"{error} while writing {folder}") from error
     model.config.use_cache = before
     tokenizer.save_pretrained(folder)

@@ -61,6 +61,8 @@ class ModelSource(Settings):
 
     def check(self) -> None:
         """What can be refused before anything is loaded. Raises ModelError."""
+        if self.chat_template is not None and not resolve(self.chat_template).is_file():
+            raise ModelError(f"chat_template: {self.chat_template}: no such file")
         if self.path is not None and (folder := self.folder()) is not None:
             check_folder(folder)
 

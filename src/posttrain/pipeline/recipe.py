@@ -11,7 +11,8 @@ from pydantic_core import ErrorDetails
 from posttrain import yaml
 from posttrain.component import Component, Settings, did_you_mean
 from posttrain.errors import InputError, RecipeError
-from posttrain.pipeline.stage import Stage, references
+from posttrain.models.source import ModelSource
+from posttrain.pipeline.stage import Stage, parts, references
 from posttrain.pipeline.stages import Create, Evaluate, Train
 
 __all__ = ["Create", "Evaluate", "Recipe", "Train"]
@@ -49,6 +50,13 @@ class Recipe(Settings):
                         f"stage {name!r} uses stage {other!r}, which does not exist{did_you_mean(other, self.stages)}"
                     )
         self.order()
+        for name, stage in self.stages.items():
+            for part in parts(stage):
+                if isinstance(part, ModelSource) and part.stage is not None and not self.stages[part.stage].makes_model:
+                    other = self.stages[part.stage].kind
+                    raise ValueError(
+                        f"stage {name!r} wants the model of stage {part.stage!r}, but a stage of kind {other} makes none"
+                    )
         return self
 
     def order(self) -> list[str]:

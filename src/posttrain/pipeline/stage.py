@@ -1,15 +1,17 @@
 """A stage of a recipe: something with inputs and a folder, that is run once and then reused."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
 from posttrain.component import Component
 from posttrain.data.dataset import Data
 from posttrain.models.source import ModelSource
+from posttrain.paths import resolve
 from posttrain.tasks import Task
 
 Metrics = dict[str, Any]
@@ -49,6 +51,8 @@ class Stage(Component):
     """A step of a pipeline."""
 
     default_kind = "train"
+    makes_model: ClassVar[bool] = False
+    """Whether other stages can use its model."""
 
     def check(self) -> None:
         """Refuses, before anything heavy is loaded, what can be known from files and settings."""
@@ -78,6 +82,9 @@ def fingerprints(stage: Stage) -> dict[str, str]:
     """What lies outside of the recipe and decides the result: models, data, problems."""
     found: dict[str, str] = {}
     for part in parts(stage):
+        if isinstance(part, ModelSource) and part.chat_template is not None:
+            content = resolve(part.chat_template).read_bytes()
+            found[f"chat template {part.chat_template}"] = hashlib.sha256(content).hexdigest()
         if isinstance(part, ModelSource) and part.path is not None:
             found[f"model {part.path}"] = part.fingerprint()
         elif isinstance(part, Data):

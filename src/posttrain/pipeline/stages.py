@@ -18,6 +18,8 @@ from posttrain.training.settings import TrainSettings
 class Train(TrainSettings, Stage, kind="train"):
     """Trains a model with an objective; writes it as an ordinary transformers folder."""
 
+    makes_model = True
+
     def run(self, context: Context) -> Metrics:
         from posttrain.training.session import Session, train
 
@@ -93,6 +95,8 @@ class Architecture(Settings):
 
 class Create(Stage, kind="create"):
     """Makes a new model: a byte-level BPE tokenizer trained on the data, and a Llama-style decoder with random weights."""
+
+    makes_model = True
 
     data: Data
     """Raw text for the tokenizer."""

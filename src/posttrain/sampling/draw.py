@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from posttrain.errors import RunError
 from posttrain.sampling.settings import Sampling
 
 
@@ -19,6 +20,8 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
         logp = truncate(logp, sampling).log_softmax(-1)
     cumulative = logp.double().exp_().cumsum_(-1)
     total = cumulative[:, -1:].contiguous()
+    if not bool(total.isfinite().all()):
+        raise RunError("the policy's logits are not finite: its weights have diverged; lower optim.learning_rate")
     token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
     token = torch.minimum(token, torch.searchsorted(cumulative, total))[:, 0]  # rounding never leaves the support
     return token, logp.gather(1, token[:, None])[:, 0]

@@ -54,6 +54,12 @@ class Optimizer(Component):
         raise NotImplementedError
 
 
+def is_embedding(name: str) -> bool:
+    """Tables that tokens or positions are looked up in (embed_tokens, embed_in, wte, wpe, ...); a vocabulary head is none."""
+    table = name.removesuffix(".weight").rpartition(".")[2]
+    return table in {"wte", "wpe"} or ("embed" in table and table != "embed_out")
+
+
 class AdamW(Optimizer, kind="adamw"):
     """Adam with decoupled weight decay (arXiv 1711.05101), fused. Norms, biases and embeddings are not decayed."""
 
@@ -67,7 +73,7 @@ class AdamW(Optimizer, kind="adamw"):
     def build(self, parameters: "dict[str, nn.Parameter]") -> "torch.optim.Optimizer":
         import torch
 
-        decayed = {name for name, value in parameters.items() if value.ndim >= 2 and "embed" not in name and "wte" not in name}
+        decayed = {name for name, value in parameters.items() if value.ndim >= 2 and not is_embedding(name)}
         groups = [
             {"params": [value for name, value in parameters.items() if name in decayed], "weight_decay": self.weight_decay},
             {"params": [value for name, value in parameters.items() if name not in decayed], "weight_decay": 0.0},

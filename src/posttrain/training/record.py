@@ -74,7 +74,8 @@ class Recorder:
         """After each update: log; validate and save when due."""
         tokens = sum(int(item.batch.lengths.sum()) for item in update.items)
         row: dict[str, Any] = {"step": run.step, "lr": run.optimizer.param_groups[0]["lr"], **metrics, "tokens": tokens}
-        due = self.validation is not None and (run.step % self.validation.every == 0 or run.step == run.steps)
+        last = run.step == run.steps or run.stopped is not None
+        due = self.validation is not None and (run.step % self.validation.every == 0 or last)
         if due:
             row["validation"] = self._validate(run)
         self.metrics.add({**row, "time": {"seconds": round(seconds, 4), "at": round(time.time(), 3)}})
@@ -95,14 +96,15 @@ class Recorder:
             figure = found[name]
             value = figure["value"] if isinstance(figure, dict) else figure
             sign = -1 if name in LOWER_IS_BETTER else 1
-            if self.best is None or sign * value > sign * self.best["value"]:
+            if value is not None and (self.best is None or sign * value > sign * self.best["value"]):
                 self.best, self.since_best = {"step": run.step, "value": value}, 0
                 weights: dict[str, dict[str, torch.Tensor]] = {"weights": dict(run.parameters)}
                 checkpoint.save(self.parent, Checkpoint(run.step, weights, {"value": value}), self.owner, "best")
             else:
                 self.since_best += 1
             if self.validation.patience is not None and self.since_best >= self.validation.patience:
-                run.stopped = f"{name} has not improved on step {self.best['step']} for {self.since_best} validations"
+                since = f"on step {self.best['step']} " if self.best else ""
+                run.stopped = f"{name} has not improved {since}for {self.since_best} validations"
         return found
 
     def save(self, run: "Training") -> None:
@@ -167,5 +169,4 @@ def restore_optimizer(run: "Training", tensors: dict[str, torch.Tensor]) -> None
     for key, value in tensors.items():
         name, _, what = key.rpartition("|")
         parameter = run.parameters[name]
-        device = parameter.device if value.ndim else value.device
-        run.optimizer.state[parameter][what] = value.to(device)
+        run.optimizer.state[parameter][what] = value.to(parameter.device)  # `step` too: the fused optimizer reads it there

@@ -17,6 +17,8 @@ from posttrain.tasks import Task
 from posttrain.training.optim import AdamW, Optimizer
 from posttrain.tuners import Full, Tuner
 
+HELD_OUT = frozenset({"Conversation", "Completion", "Text"})  # rows whose loss can be measured beside an objective that samples
+
 
 class Batch(Settings):
     """How much goes into an update, and into memory at a time."""
@@ -114,6 +116,8 @@ class TrainSettings(Settings):
                 raise ValueError(f"objective {kind} samples its own answers: it needs `task` (problems and a grader)")
             if self.data is not None:
                 raise ValueError(f"objective {kind} samples its own answers and reads no `data`; remove that section")
+            if self.batch.rows != Batch().rows:
+                raise ValueError(f"batch.rows: objective {kind} is sized by `rollout` (problems, per_problem, minibatches)")
             if self.rollout.sampling.truncates:
                 raise ValueError(
                     "rollout.sampling: top_k, top_p and min_p are for evaluation; an objective that samples needs the policy's "
@@ -177,7 +181,7 @@ class TrainSettings(Settings):
             if first is None:
                 continue
             form = data.format or detect(first)
-            if form.makes.isdisjoint(self.objective.rows):
+            if form.makes.isdisjoint(self.objective.rows or HELD_OUT):
                 fitting = "pretrain" if form.kind == "text" else "sft"
                 hint = f"; use objective {fitting}" if form.kind in {"text", "messages", "prompt_completion"} else ""
                 raise RecipeError(

@@ -65,6 +65,13 @@ class LoRA(Tuner, kind="lora"):
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
+        head = model.get_output_embeddings()
+        if head is not None and head.weight is model.get_input_embeddings().weight:
+            tied = next(path.rpartition(".")[2] for path, module in model.named_modules() if module is head)
+            if tied in self.targets:
+                raise RecipeError(
+                    f"tuner.targets: {tied} shares its weights with the embeddings, so merging would change both; leave it out"
+                )
         names = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
         for target in self.targets:
             if target not in names:
