@@ -9,7 +9,7 @@ from posttrain.pipeline.recipe import Recipe
 
 def families() -> dict[str, type[Component]]:
     """Every family by its name, those that have kinds."""
-    found = {cls.family(): cls for cls in Component.__subclasses__()}
+    found = {cls.family(): cls for cls in Component.__subclasses__() if cls.__module__.startswith("posttrain.")}
     return {name: found[name] for name in sorted(found) if found[name].kinds}
 
 
