@@ -28,7 +28,7 @@ def test_every_recipe_in_the_docs_loads(page):
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S):
         text = block if "stages:" in block or "stage: " not in block else "stages:\n  sft: {model: m, objective: sft, data: {sources: f.jsonl}, epochs: 1}\n  here:\n" + re.sub(r"^", "    ", block, flags=re.M)
         if "objective" in block:
-            Recipe.parse(text, name=page.name)
+            assert Recipe.parse(text, name=page.name).stages
 
 
 def test_every_objective_has_a_page_with_equation_function_recipe_and_curve():
