@@ -1,6 +1,6 @@
 import torch
 
-from posttrain.batch import Rollouts, Sequences, micro_batches
+from posttrain.batch import Rollouts, Sequences
 
 
 def test_selecting_rows_keeps_their_tokens_marks_and_owners():
@@ -18,9 +18,3 @@ def test_a_rollouts_credit_goes_with_its_rows():
     part = rollouts.select([1])
     assert part.advantage.tolist() == [2.0, 3.0]
     assert part.version.tolist() == [8]
-
-
-def test_micro_batches_hold_every_row_once_within_the_budget():
-    seqs = Sequences.of([([0] * size, [False] * size) for size in (5, 3, 4, 9, 1, 1)])
-    groups = micro_batches(seqs, 8)
-    assert groups == [[0, 1], [2], [3], [4, 5]]

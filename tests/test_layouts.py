@@ -1,5 +1,6 @@
 """Every layout gives each sequence what it gets alone. The oracle is the transformers model itself, one sequence at a time."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,29 @@ def test_a_random_forest_gives_each_sequence_what_it_gets_alone(name):
         marked = [(row, [False] + [True] * (len(row) - 1)) for row in rows]
         with torch.no_grad():
             assert float((lm.logprobs(Sequences.of(marked)) - alone(lm, marked)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("budget", [60, 100, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_micro_batches_hold_every_row_once_stay_within_the_budget_and_are_balanced(budget, seed):
+    draw = random.Random(seed)
+    prompts = [tokens(draw.randrange(20, 30), 10 + seed + place) for place in range(5)]
+    rows = [answers(draw.choice(prompts), tokens(draw.randrange(1, 12), 100 + place)) for place in range(40)]
+    seqs = Sequences.of(rows)
+    groups = layout.micro_batches(seqs, budget)
+    assert sorted(row for group in groups for row in group) == list(range(40))
+    laid = [len(layout.tree([rows[row][0] for row in group]).tokens) for group in groups]
+    assert max(laid) <= budget
+    assert len(groups) <= -(-sum(laid) // budget) + 2, "as few as the budget asks for, or nearly"
+    if budget > 2 * 42:
+        assert min(laid) > sum(laid) / len(laid) / 3, "no group is a leftover"
+
+
+def test_a_row_longer_than_the_budget_goes_alone_and_a_shared_prefix_counts_once():
+    long, prompt = answers(tokens(50, 1)), tokens(20, 2)
+    seqs = Sequences.of([answers(prompt, [1, 2, 3]), long, answers(prompt, [4, 5, 6]), answers(prompt, [7, 8])])
+    assert sorted(layout.micro_batches(seqs, 28)) == [[0, 2, 3], [1]]
+    assert layout.micro_batches(Sequences.of([]), 28) == []
 
 
 def test_several_sequences_in_one_call_share_their_prefixes_and_come_back_apart():

@@ -1,6 +1,7 @@
 """A model that cannot be used rightly is refused with its name, what it lacks, and a remedy."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -114,9 +115,16 @@ def test_a_row_beyond_the_context_is_refused_before_training(folder, tmp_path):
         run(Recipe.parse(ask, name="ask"), tmp_path)
 
 
-def test_the_cost_of_waiting_threads_is_not_paid():
-    code = "import posttrain, os; print(os.environ['OMP_WAIT_POLICY'])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "PASSIVE"
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, ["1000", "128"]), ({"OMP_WAIT_POLICY": "ACTIVE"}, [None, "128"]), ({"GOMP_SPINCOUNT": "7"}, ["7", "128"])],
+)
+def test_threads_do_not_spin_for_long_and_kernels_do_not_pile_up_unless_the_user_says_so(given, expected):
+    names = ["GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
+    code = f"import posttrain, os, json; print(json.dumps([os.environ.get(name) for name in {names}]))"
+    clean = {key: value for key, value in os.environ.items() if key not in {*names, "OMP_WAIT_POLICY"}}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean | given).stdout
+    assert json.loads(shown) == expected
 
 
 def test_a_layout_that_the_model_does_not_take_is_refused(folder):

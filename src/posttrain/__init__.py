@@ -4,8 +4,11 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Threads that wait by spinning lose most of a machine that they share (docs/performance.md). OpenMP reads this when torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by OpenMP and oneDNN when torch loads (docs/performance.md). Threads that wait by spinning for long lose most of a machine
+# that they share; every new length of a bfloat16 product leaves a compiled kernel of a megabyte, and by default 1024 are kept.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 __version__ = "0.1.0"
 

@@ -42,6 +42,10 @@ class Sequences:
         return len(self.starts) - 1
 
     @property
+    def sequences(self) -> "tuple[Sequences, ...]":
+        return (self,)
+
+    @property
     def lengths(self) -> Int[Tensor, " B"]:
         return self.starts.diff()
 
@@ -107,8 +111,8 @@ class Rollouts:
         return self.seqs.count
 
     @property
-    def lengths(self) -> Int[Tensor, " B"]:
-        return self.seqs.lengths
+    def sequences(self) -> tuple[Sequences, ...]:
+        return (self.seqs,)
 
     def select(self, rows: Sequence[int]) -> "Rollouts":
         rows = sorted(rows)
@@ -129,12 +133,15 @@ class Rollouts:
 
 @runtime_checkable
 class Batch(Protocol):
-    """What every batch type offers, so that one function can cut any of them into micro-batches."""
+    """What every batch type offers, so that one function can cut any of them into micro-batches.
+
+    Row i of each of its `sequences` belongs to row i of the batch.
+    """
 
     @property
     def count(self) -> int: ...
     @property
-    def lengths(self) -> Tensor: ...
+    def sequences(self) -> tuple[Sequences, ...]: ...
     def select(self, rows: Sequence[int]) -> "Batch": ...
     def to(self, device: "torch.device | str") -> "Batch": ...
 
@@ -152,16 +159,3 @@ def moved(batch: AnyBatch, device: "torch.device | str") -> AnyBatch:
         elif is_dataclass(value):
             changed[each.name] = moved(value, device)
     return replace(batch, **changed)  # type: ignore[type-var]
-
-
-def micro_batches(batch: Batch, budget: int) -> list[list[int]]:
-    """Neighbouring rows in groups of at most `budget` tokens; a row longer than that goes alone. Every row is in one group."""
-    groups: list[list[int]] = []
-    filled = 0
-    for row, length in enumerate(batch.lengths.tolist()):
-        if not groups or filled + length > budget:
-            groups.append([])
-            filled = 0
-        groups[-1].append(row)
-        filled += length
-    return groups

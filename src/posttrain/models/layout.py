@@ -7,13 +7,14 @@ segment are one contiguous range. `padded` is the plain layout for models that c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from posttrain.batch import Sequences
+from posttrain.batch import Batch, Sequences
 
 MIN_SHARED = 16  # a shorter common prefix costs more to branch than to compute twice
 
@@ -105,6 +106,39 @@ def tree(rows: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> Tree:
     flat = np.concatenate(planter.tokens) if planter.tokens else np.empty(0, dtype=np.int64)
     places = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
     return Tree(torch.from_numpy(flat), torch.from_numpy(places), tuple(planter.segments), tuple(paths))
+
+
+def micro_batches(batch: Batch, budget: int) -> list[list[int]]:
+    """The batch's rows in groups of at most `budget` laid-out tokens, about equal in size; a longer row goes alone.
+
+    A prefix that neighbours share counts once, as it is laid; rows that share one stay together where they fit.
+    """
+    columns = [[np.asarray(row, dtype=np.int64) for row in seqs.rows()] for seqs in batch.sequences]
+    units = list(zip(*columns, strict=True))
+    order = sorted(range(len(units)), key=lambda index: [row.tolist() for row in units[index]])
+    alone = [_added((), units[index]) for index in order]
+    after = [_added(units[before], units[index]) for before, index in pairwise(order)]
+    costs = [*alone[:1], *after]
+    share = sum(costs) / max(1, -(-sum(costs) // budget))  # of each group
+    groups: list[list[int]] = []
+    laid = filled = 0
+    for index, cost, fresh in zip(order, costs, alone, strict=True):
+        if not groups or filled + cost > budget or (laid + cost / 2) // share >= len(groups):
+            groups.append([])
+            filled, cost = 0, fresh
+        groups[-1].append(index)
+        filled, laid = filled + cost, laid + cost
+    return [sorted(group) for group in groups]
+
+
+def _added(before: Sequence[np.ndarray], unit: Sequence[np.ndarray]) -> int:
+    """The tokens that a unit of sequences adds to a layout that ends with `before`."""
+    total, seen = 0, list(before)
+    for row in unit:
+        shared = max((_common(row, other) for other in seen), default=0)
+        total += len(row) - (shared if shared >= MIN_SHARED else 0)
+        seen.append(row)
+    return total
 
 
 def predictors(layout: Tree, batches: Sequence[Sequences]) -> list[Int[Tensor, " N"]]:

@@ -104,6 +104,15 @@ class LM(nn.Module):
         ]
         return found[0] if len(found) == 1 else tuple(found)
 
+    def logprobs_of_many(self, seqs: Sequences, micro_tokens: int, temperature: float = 1.0) -> Float[Tensor, " N"]:
+        """`logprobs` of any number of sequences, at most about `micro_tokens` tokens at a time. For use without gradients."""
+        found = torch.empty(seqs.trained, device=self.device)
+        for rows in layout.micro_batches(seqs, micro_tokens):
+            logp = self.logprobs(seqs.select(rows), temperature=temperature)
+            found = found.to(logp.dtype)
+            found[seqs.trained_tokens(rows).to(self.device)] = logp
+        return found
+
     def weighted_sum(
         self, seqs: Sequences, weight: Float[Tensor, " N"], temperature: float = 1.0
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:

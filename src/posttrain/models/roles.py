@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain.batch import Sequences, micro_batches
+from posttrain.batch import Sequences
 from posttrain.models.lm import LM
 
 
@@ -22,11 +22,8 @@ class Frozen:
 
     def logprobs(self, seqs: Sequences, temperature: float = 1.0) -> Float[Tensor, " N"]:
         """log p of each trained token, without gradient, at most about `micro_tokens` tokens at a time."""
-        parts = []
         with torch.no_grad(), self.switch():
-            for rows in micro_batches(seqs, self.micro_tokens):
-                parts.append(self.lm.logprobs(seqs.select(rows), temperature=temperature))
-        return torch.cat(parts)
+            return self.lm.logprobs_of_many(seqs, self.micro_tokens, temperature)
 
 
 @dataclass(frozen=True)

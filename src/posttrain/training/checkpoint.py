@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+KINDS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL"}
 STALE = re.compile(r"[a-z]+-\d{8}\.tmp-\d+(-old)?")
 
 
@@ -43,8 +44,6 @@ def folder_of(parent: Path, step: int, prefix: str = "step") -> Path:
 
 def save(parent: Path, checkpoint: Checkpoint, owner: str, prefix: str = "step") -> Path:
     """Writes a checkpoint of the run named by `owner`. Raises RunError, leaving nothing half-written, where the disk refuses."""
-    from safetensors.torch import save as to_bytes
-
     target = folder_of(parent, checkpoint.step, prefix)
     staging = parent / f"{target.name}.tmp-{os.getpid()}"
     try:
@@ -53,11 +52,10 @@ def save(parent: Path, checkpoint: Checkpoint, owner: str, prefix: str = "step")
         staging.mkdir()
         files = {}
         for name, group in checkpoint.tensors.items():
-            plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-            files[f"{name}.safetensors"] = _write(staging / f"{name}.safetensors", to_bytes(plain))
-        files[STATE] = _write(staging / STATE, json.dumps(checkpoint.state).encode())
+            files[f"{name}.safetensors"] = _write(staging / f"{name}.safetensors", safetensors_bytes(group))
+        files[STATE] = _write(staging / STATE, [json.dumps(checkpoint.state).encode()])
         manifest = {"format": FORMAT, "owner": owner, "step": checkpoint.step, "files": files}
-        _write(staging / MANIFEST, json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode())
+        _write(staging / MANIFEST, [json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode()])
         commit(staging, target)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -86,18 +84,44 @@ def discard(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _write(path: Path, content: bytes) -> dict[str, Any]:
+def safetensors_bytes(group: "Mapping[str, Tensor]") -> "Iterator[bytes | memoryview]":
+    """A safetensors file piece by piece: the library's own `save` holds a second copy of all tensors."""
+    import torch
+
+    order = sorted(group, key=lambda name: (-group[name].element_size(), name))  # the widest first: everything stays aligned
+    header, place = {}, 0
+    for name in order:
+        value = group[name]
+        end = place + value.numel() * value.element_size()
+        kind = KINDS[str(value.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        flat = group[name].detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            yield memoryview(flat.view(torch.uint8).numpy().data)
+
+
+def _write(path: Path, content: "Iterable[bytes | memoryview]") -> dict[str, Any]:
+    """Writes and syncs the pieces; returns their size and hash."""
     faults.point("write", str(path))
+    size, digest = 0, hashlib.sha256()
     try:
         with path.open("wb") as stream:
-            stream.write(content)
+            for piece in content:
+                stream.write(piece)
+                digest.update(piece)
+                size += len(piece)
             stream.flush()
             faults.point("fsync", str(path))
             os.fsync(stream.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def _sync(folder: Path) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from posttrain.batch import micro_batches
 from posttrain.errors import RunError
+from posttrain.models.layout import micro_batches
 from posttrain.training.updates import Item, Update, Updates
 
 if TYPE_CHECKING:

@@ -72,7 +72,7 @@ class Recorder:
 
     def step(self, run: "Training", update: "Update", metrics: dict[str, float], seconds: float) -> None:
         """After each update: log; validate and save when due."""
-        tokens = sum(int(item.batch.lengths.sum()) for item in update.items)
+        tokens = sum(len(seqs.tokens) for item in update.items for seqs in item.batch.sequences)
         row: dict[str, Any] = {"step": run.step, "lr": run.optimizer.param_groups[0]["lr"], **metrics, "tokens": tokens}
         last = run.step == run.steps or run.stopped is not None
         due = self.validation is not None and (run.step % self.validation.every == 0 or last)

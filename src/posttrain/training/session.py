@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from posttrain import draws
-from posttrain.batch import Sequences, micro_batches
+from posttrain.batch import Sequences
 from posttrain.data.dataset import Loaded, Rendered
 from posttrain.data.render import Template
 from posttrain.errors import DataError
@@ -155,12 +155,8 @@ def validator(
 def held_out_nll(policy: LM, rendered: Rendered, micro_tokens: int) -> float:
     """-log p per trained token, over all rows."""
     rows = Sequences.of([row for source in rendered.rows for row in source])
-    total = 0.0
     with torch.no_grad():
-        for part in micro_batches(rows, micro_tokens):
-            logp = policy.logprobs(rows.select(part))
-            total -= float(logp.double().sum())
-    return total / max(1, rows.trained)
+        return -float(policy.logprobs_of_many(rows, micro_tokens).double().sum()) / max(1, rows.trained)
 
 
 def export(settings: TrainSettings, session: Session, lm: LM, template: Template) -> None:
