@@ -26,7 +26,7 @@ def posttrain(shape: str, steps: int, dtype: str = "float32", **changes: Any) ->
     stage = train(
         HOME, folder.name, model=model, objective="sft", data=gsm8k(steps), steps=steps, batch=batch, optim=optim, seed=SEED, **changes
     )
-    lines = [json.loads(line) for line in (stage.parent / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(stage)
     return {
         "first": lines[0]["time"]["at"] - lines[0]["time"]["seconds"] - BEGAN,
         "seconds": [line["time"]["seconds"] for line in lines],
@@ -34,6 +34,11 @@ def posttrain(shape: str, steps: int, dtype: str = "float32", **changes: Any) ->
         "losses": [line["loss/nll"] for line in lines],
         "peak": peak_megabytes(),
     }
+
+
+def metrics(model: Path) -> list[dict[str, Any]]:
+    """The logged steps of the stage that made a model."""
+    return [json.loads(line) for line in (model.parent / "metrics.jsonl").read_text().splitlines()]
 
 
 def trl(shape: str, steps: int, **options: Any) -> dict[str, Any]:
@@ -81,8 +86,3 @@ def size_of_work(shape: str, steps: int) -> list[tuple[int, int, int]]:
     rows = sft_rows(shape, steps)
     parts = [rows[step * ROWS : (step + 1) * ROWS] for step in range(steps)]
     return [(sum(len(t) for t, _ in part), sum(sum(m) for _, m in part), sum(len(t) ** 2 for t, _ in part)) for part in parts]
-
-
-def clean() -> None:
-    for name in ("sft-trl", "sft-posttrain"):
-        shutil.rmtree(Path(HOME) / name, ignore_errors=True)

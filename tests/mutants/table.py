@@ -33,8 +33,8 @@ MUTANTS = [
     Mutant(
         "a mean over the samples of a micro-batch where a sum belongs",
         "objectives/grpo.py",
-        "losses.sequence_means(per_token, owner, batch.count).sum()",
-        "losses.sequence_means(per_token, owner, batch.count).mean()",
+        "return value / size[part]",
+        "return value / size[part] / batch.count",
         f"{PROPERTIES}::{SPLIT}[float64-full-grpo-aggregate=sequence-rollouts]",
     ),
     Mutant(
@@ -54,8 +54,8 @@ MUTANTS = [
     Mutant(
         "sampled at a temperature, scored without it",
         "objectives/grpo.py",
-        "logp = policy.logprobs(batch.seqs, temperature=batch.temperature)",
-        "logp = policy.logprobs(batch.seqs)",
+        "total, logp = policy.token_sum(batch.seqs, per_token, batch.temperature)",
+        "total, logp = policy.token_sum(batch.seqs, per_token)",
         f"{PROPERTIES}::test_in_the_first_update_every_ratio_is_one_and_nothing_is_clipped[grpo-llama-0.7]",
     ),
     Mutant(
@@ -131,7 +131,7 @@ MUTANTS = [
     Mutant(
         "the recorded log-probability is not of the distribution that was drawn from",
         "sampling/draw.py",
-        "return token, logp.gather(1, token[:, None])[:, 0]",
+        "return token, (shaped.gather(1, token[:, None]) - lse)[:, 0]",
         "return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]",
         f"{SAMPLING}::test_the_log_probs_recorded_while_sampling_are_the_trainers[llama-0.7]",
     ),

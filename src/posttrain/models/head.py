@@ -50,11 +50,14 @@ def is_plain(head: nn.Module) -> bool:
     return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
 
 
-class _LinearLogProb(torch.autograd.Function):
-    """logp[n] = log softmax(shape(hidden[n] W^T + b) / temperature)[target[n]], and their weighted sum.
+TokenLoss = Callable[[Tensor, slice], Tensor]  # (log-probs of some tokens, which of the N they are) -> a value for each
 
-    With `weight` the gradients of the weighted sum are formed here, in the forward, and no chunk is computed twice; without it
-    each chunk's logits are computed again in the backward.
+
+class _LinearLogProb(torch.autograd.Function):
+    """logp[n] = log softmax(shape(hidden[n] W^T + b) / temperature)[target[n]], and their sum, or that of a function of them.
+
+    With `fn` the gradients of its sum are formed here, in the forward, and no chunk is computed twice; without it each chunk's
+    logits are computed again in the backward.
     """
 
     @staticmethod
@@ -64,33 +67,36 @@ class _LinearLogProb(torch.autograd.Function):
         matrix: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        weight: Tensor | None,
+        fn: TokenLoss | None,
         shape: Shape,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         wide_matrix, wide_bias = wide(matrix), None if bias is None else wide(bias)
         logp = torch.empty(len(hidden), dtype=wide_matrix.dtype, device=hidden.device)
-        ctx.fused = weight is not None and any(ctx.needs_input_grad[:3])
+        total = logp.new_zeros(())
+        ctx.fused = fn is not None and any(ctx.needs_input_grad[:3])
         sums = _Gradients(hidden, wide_matrix, wide_bias, ctx.needs_input_grad) if ctx.fused else None
         step = rows_at_a_time(len(matrix))
         for start in range(0, len(hidden), step):
-            part = slice(start, start + step)
+            part = slice(start, min(start + step, len(hidden)))
             rows = wide(hidden[part])
             logits = torch.addmm(wide_bias, rows, wide_matrix.t()) if wide_bias is not None else rows @ wide_matrix.t()
             shaped = shape(logits) / temperature if temperature != 1.0 else shape(logits)
             lse = shaped.logsumexp(-1, keepdim=True)
             logp[part] = (shaped.gather(1, target[part, None]) - lse)[:, 0]
-            if sums is not None and weight is not None:
-                sums.add(part, rows, _logit_grad(logits, shaped, lse, target[part], weight[part], shape, temperature))
+            if fn is not None:
+                value, slope = _with_slope(fn, logp[part], part)
+                total += value
+                if sums is not None:
+                    sums.add(part, rows, _logit_grad(logits, shaped, lse, target[part], slope, shape, temperature))
         ctx.shape, ctx.temperature, ctx.matrix_dtype = shape, temperature, matrix.dtype
         if sums is not None:
             ctx.save_for_backward(*sums.found())
         else:
             ctx.save_for_backward(hidden, matrix, bias, target)
-        total = logp.sum() if weight is None else (logp * weight).sum()
-        if weight is not None:
+        if fn is not None:
             ctx.mark_non_differentiable(logp)
-        return total, logp
+        return total if fn is not None else logp.sum(), logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,6 +116,15 @@ class _LinearLogProb(torch.autograd.Function):
             lse = shaped.logsumexp(-1, keepdim=True)
             sums.add(part, rows, _logit_grad(logits, shaped, lse, target[part], weight[part], ctx.shape, ctx.temperature))
         return (*sums.found(), None, None, None, None)
+
+
+def _with_slope(fn: TokenLoss, logp: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """The sum of fn over some tokens, and its derivative by each log-prob."""
+    with torch.enable_grad():
+        leaf = logp.detach().requires_grad_()
+        value = fn(leaf, part).sum()
+        (slope,) = torch.autograd.grad(value, leaf)
+    return value.detach(), slope
 
 
 def _logit_grad(
@@ -152,19 +167,19 @@ def log_probs(
     shape: Shape,
     hidden: Float[Tensor, "N D"],
     target: Int[Tensor, " N"],
-    weight: Float[Tensor, " N"] | None = None,
+    fn: TokenLoss | None = None,
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-    """(sum of weight * logp, logp) of each row's target. With `weight`, logp carries no gradient; without it, weights are 1."""
+    """(sum of fn(logp), logp) of each row's target. With `fn`, logp carries no gradient; without it, the sum is that of logp."""
     if is_plain(head):
         with torch.autocast(hidden.device.type, enabled=False):
-            return _LinearLogProb.apply(hidden, head.weight, head.bias, target, weight, shape, temperature)
+            return _LinearLogProb.apply(hidden, head.weight, head.bias, target, fn, shape, temperature)
 
     def pick(rows: Tensor, wanted: Tensor) -> Tensor:
         return (project(rows) / temperature).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
 
     logp = over_rows(pick, vocabulary_of(head), hidden, target)
-    return (logp.sum(), logp) if weight is None else ((logp * weight).sum(), logp.detach())
+    return (logp.sum(), logp) if fn is None else (fn(logp, slice(0, len(logp))).sum(), logp.detach())
 
 
 def vocabulary_of(head: nn.Module) -> int:

@@ -5,6 +5,7 @@ positions that go on from their parent. Everything lies in one flat row, in dept
 segment are one contiguous range. `padded` is the plain layout for models that cannot take the tree.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -109,26 +110,30 @@ def tree(rows: Sequence[Sequence[int]], min_shared: int = MIN_SHARED) -> Tree:
 
 
 def micro_batches(batch: Batch, budget: int) -> list[list[int]]:
-    """The batch's rows in groups of at most `budget` laid-out tokens, about equal in size; a longer row goes alone.
+    """The batch's rows in the fewest groups of at most `budget` laid-out tokens, as equal as can be; a longer row goes alone.
 
-    A prefix that neighbours share counts once, as it is laid; rows that share one stay together where they fit.
+    A prefix that neighbours share counts once, as it is laid; rows that share one are neighbours.
     """
     columns = [[np.asarray(row, dtype=np.int64) for row in seqs.rows()] for seqs in batch.sequences]
     units = list(zip(*columns, strict=True))
     order = sorted(range(len(units)), key=lambda index: [row.tolist() for row in units[index]])
     alone = [_added((), units[index]) for index in order]
-    after = [_added(units[before], units[index]) for before, index in pairwise(order)]
-    costs = [*alone[:1], *after]
-    share = sum(costs) / max(1, -(-sum(costs) // budget))  # of each group
-    groups: list[list[int]] = []
-    laid = filled = 0
-    for index, cost, fresh in zip(order, costs, alone, strict=True):
-        if not groups or filled + cost > budget or (laid + cost / 2) // share >= len(groups):
-            groups.append([])
-            filled, cost = 0, fresh
-        groups[-1].append(index)
-        filled, laid = filled + cost, laid + cost
-    return [sorted(group) for group in groups]
+    after = [0, *(_added(units[one], units[other]) for one, other in pairwise(order))][: len(order)]
+
+    def groups(limit: int) -> list[list[int]]:
+        found: list[list[int]] = []
+        filled = 0
+        for index, first, more in zip(order, alone, after, strict=True):
+            if not found or filled + more > limit:
+                found.append([])
+                filled, more = 0, first
+            found[-1].append(index)
+            filled += more
+        return found
+
+    fewest = len(groups(budget))
+    balanced = bisect_left(range(budget), -fewest, key=lambda limit: -len(groups(limit)))
+    return [sorted(group) for group in groups(balanced)]
 
 
 def _added(before: Sequence[np.ndarray], unit: Sequence[np.ndarray]) -> int:

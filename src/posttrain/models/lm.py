@@ -113,17 +113,23 @@ class LM(nn.Module):
             found[seqs.trained_tokens(rows).to(self.device)] = logp
         return found
 
+    def token_sum(
+        self, seqs: Sequences, fn: vocabulary.TokenLoss, temperature: float = 1.0
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+        """(sum of fn, logp without gradient), where fn(logp[part], part) gives a value for each of some trained tokens.
+
+        The fast path of every loss that is a sum over tokens: its gradients are formed in the forward, so that the vocabulary
+        projection runs once.
+        """
+        (states,) = self._hidden((seqs,))
+        return vocabulary.log_probs(self.head, self.project, self.shape, states, targets(seqs, states), fn, temperature)
+
     def weighted_sum(
         self, seqs: Sequences, weight: Float[Tensor, " N"], temperature: float = 1.0
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
-        """(sum of weight * logp, logp without gradient): the fast path where the loss is linear in the log-probs.
-
-        The gradients are formed in the forward, so that the vocabulary projection runs once.
-        """
-        (states,) = self._hidden((seqs,))
-        return vocabulary.log_probs(
-            self.head, self.project, self.shape, states, targets(seqs, states), weight.to(states.device), temperature
-        )
+        """(sum of weight * logp, logp without gradient)."""
+        weight = weight.to(self.device)
+        return self.token_sum(seqs, lambda logp, part: weight[part] * logp, temperature)
 
     def over_vocab(self, seqs: Sequences, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """fn(logits of a chunk of trained tokens, their target ids) -> per-token values; recomputed in the backward."""

@@ -70,17 +70,23 @@ class GRPO(OnPolicy, kind="grpo"):
         return {"policy": batch.seqs.trained if self.aggregate == "token" else batch.count}
 
     def loss(self, policy: "LM", batch: "Rollouts") -> Loss:
+        import torch
+
         if not self.kl:  # samples without an advantage have no gradient; they are counted in `units`, and need no forward
             batch = batch.select(batch.seqs.owner[batch.advantage != 0].unique().tolist())
-        logp = policy.logprobs(batch.seqs, temperature=batch.temperature)
         before = batch.sampled_logp if batch.old_logp is None else batch.old_logp
-        per_token = losses.clipped_surrogate(logp, before, batch.advantage, self.clip_low, self.clip_high)
-        if self.kl:
-            assert batch.ref_logp is not None
-            per_token = per_token + self.kl * losses.kl_k3(logp, batch.ref_logp)
         owner = batch.seqs.owner
-        total = per_token.sum() if self.aggregate == "token" else losses.sequence_means(per_token, owner, batch.count).sum()
-        return Loss({"policy": total}, self._stats(logp.detach(), before, batch))
+        size = torch.ones_like(owner) if self.aggregate == "token" else batch.seqs.trained_lengths[owner]
+
+        def per_token(logp: "Tensor", part: slice) -> "Tensor":
+            value = losses.clipped_surrogate(logp, before[part], batch.advantage[part], self.clip_low, self.clip_high)
+            if self.kl:
+                assert batch.ref_logp is not None
+                value = value + self.kl * losses.kl_k3(logp, batch.ref_logp[part])
+            return value / size[part]
+
+        total, logp = policy.token_sum(batch.seqs, per_token, batch.temperature)
+        return Loss({"policy": total}, self._stats(logp, before, batch))
 
     def _stats(self, logp: "Tensor", before: "Tensor", batch: "Rollouts") -> "dict[str, tuple[Tensor | float, int]]":
         """Of the update as it happens, over the tokens that have an advantage (with `kl`, over all): the ratio, how much was

@@ -5,12 +5,13 @@ tree and prefilled once, then each row's next token is one token of a flat row. 
 every step, for architectures that cannot take the tree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.batch import Sequences
 from posttrain.models import layout
@@ -55,8 +56,8 @@ class _Step:
 
     def __init__(self, cache: "list[tuple[Tensor, Tensor]]", lengths: Tensor) -> None:
         self.cache, self.lengths = cache, lengths
-        self.rows = torch.arange(len(lengths), device=lengths.device)
         self.reach = int(lengths.max()) + 1
+        self.places = torch.arange(len(lengths), device=lengths.device) * cache[0][0].shape[1] + lengths
         self.layer = 0
         self.masks: dict[int | None, Tensor] = {}
 
@@ -73,39 +74,44 @@ class _Step:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         keys, values = self.cache[self.layer]
         self.layer += 1
-        keys[self.rows, :, self.lengths] = key[0].transpose(0, 1)
-        values[self.rows, :, self.lengths] = value[0].transpose(0, 1)
-        keys, values = keys[: len(self.rows), :, : self.reach], values[: len(self.rows), :, : self.reach]
-        allowed = self.mask(scoring.window)
-        new = query[0].transpose(0, 1)  # [A, H, D]
-        if scoring.softcap is None and scoring.sinks is None:
-            grouped = new.unflatten(1, (keys.shape[1], -1))  # the queries that share a key head, as if they were positions
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=allowed, scale=scoring.scale).flatten(1, 2)
-        else:
-            out = weighted(new[:, :, None], keys, values, allowed, scoring)[:, :, 0]
-        return out[None]
+        dtype, rows = value.dtype, len(self.lengths)
+        for kept, new in ((keys, key), (values, value)):  # one copy of a whole token per row
+            kept.flatten(0, 1).flatten(1).index_copy_(0, self.places, new[0].transpose(0, 1).flatten(1).to(kept.dtype))
+        keys, values = (each[:rows, : self.reach].transpose(1, 2) for each in (keys, values))
+        query, allowed = query[0].transpose(0, 1).to(keys.dtype), self.mask(scoring.window)  # [A, H, D]
+        with torch.autocast(query.device.type, enabled=False):
+            if scoring.softcap is None and scoring.sinks is None:
+                grouped = query.unflatten(1, (keys.shape[1], -1))  # the queries that share a key head, as if they were positions
+                out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=allowed, scale=scoring.scale).flatten(1, 2)
+            else:
+                out = weighted(query[:, :, None], keys, values, allowed, scoring)[:, :, 0]
+        return out[None].to(dtype)
 
 
 class CachedDecoder:
+    """Keys and values are kept as [rows, length, heads, head dimension], in float32 on a CPU, where attention is float32."""
+
     def __init__(self, lm: LM) -> None:
         self.lm = lm
         self.cache: list[tuple[Tensor, Tensor]] = []
         self.lengths = torch.zeros(0, dtype=torch.long, device=lm.device)
+        self.linears = halved(lm)
 
     def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int], budget: int) -> Tensor:
         tree = layout.tree(prompts)
         plan = _Prefill(tree)
-        states = self.lm.states(tree, plan)
+        with replaced(self.linears):
+            states = self.lm.states(tree, plan)
         first, rows = len(self.lengths), sum(copies)
         longest = max(len(prompt) for prompt in prompts)
         self._reserve(plan.kept, first + rows, longest + budget)
         paths = [torch.from_numpy(path).to(self.lm.device) for path in tree.paths]
-        for (keys, values), (new_keys, new_values) in zip(self.cache, plan.kept, strict=True):
-            row = first
-            for path, count in zip(paths, copies, strict=True):
-                keys[row : row + count, :, : len(path)] = new_keys[:, path]
-                values[row : row + count, :, : len(path)] = new_values[:, path]
-                row += count
+        for kept, found in zip(self.cache, plan.kept, strict=True):
+            for each, new in zip(kept, found, strict=True):
+                by_token, row = new.transpose(0, 1), first
+                for path, count in zip(paths, copies, strict=True):
+                    each[row : row + count, : len(path)] = by_token[path]
+                    row += count
         repeats = torch.tensor(list(copies), device=self.lm.device)
         sizes = torch.tensor([len(prompt) for prompt in prompts], device=self.lm.device)
         self.lengths = torch.cat([self.lengths, sizes.repeat_interleave(repeats)])
@@ -116,20 +122,18 @@ class CachedDecoder:
         """Room for `rows` rows of `length` tokens in every layer; what is there is kept."""
         length = -(-length // ROOM) * ROOM
         if not self.cache:
-            self.cache = [(k.new_zeros(0, k.shape[0], 0, k.shape[2]), v.new_zeros(0, v.shape[0], 0, v.shape[2])) for k, v in like]
-        have_rows, have_length = self.cache[0][0].shape[0], self.cache[0][0].shape[2]
+            self.cache = [(_empty(keys, values), _empty(values, values)) for keys, values in like]
+        have_rows, have_length = self.cache[0][0].shape[:2]
         if have_rows >= rows and have_length >= length:
             return
         rows, length = max(rows, have_rows), max(length, have_length)
         self.cache = [(_grown(keys, rows, length), _grown(values, rows, length)) for keys, values in self.cache]
 
     def advance(self, tokens: Tensor) -> Tensor:
-        with attending(self.lm.model, _Step(self.cache, self.lengths)), self.lm.precision():
-            states = self.lm.backbone(input_ids=tokens[None], position_ids=self.lengths[None], use_cache=False).last_hidden_state[
-                0
-            ]
+        with attending(self.lm.model, _Step(self.cache, self.lengths)), self.lm.precision(), replaced(self.linears):
+            found = self.lm.backbone(input_ids=tokens[None], position_ids=self.lengths[None], use_cache=False)
         self.lengths = self.lengths + 1
-        return self.lm.project(states)
+        return self.lm.project(found.last_hidden_state[0])
 
     def drop(self, rows: Sequence[int]) -> None:
         order = _after_drop(len(self.lengths), rows)
@@ -138,9 +142,37 @@ class CachedDecoder:
             to, source = (torch.tensor(each, device=self.lm.device) for each in zip(*moved, strict=True))
             reach = int(self.lengths.max())
             for keys, values in self.cache:
-                keys[to, :, :reach] = keys[source, :, :reach]
-                values[to, :, :reach] = values[source, :, :reach]
+                keys[to, :reach] = keys[source, :reach]
+                values[to, :reach] = values[source, :reach]
         self.lengths = self.lengths[torch.tensor(order, dtype=torch.long, device=self.lm.device)]
+
+
+Linears = list[tuple[nn.Module, Callable[[Tensor], Tensor]]]
+
+
+def halved(lm: LM) -> Linears:
+    """For a mixed model: its linear layers with their weights rounded to bfloat16 once, where autocast would at every step."""
+    if not lm.mixed:
+        return []
+    return [(module, _halved(module)) for module in lm.backbone.modules() if type(module) is nn.Linear]
+
+
+def _halved(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    weight = linear.weight.detach().bfloat16()
+    bias = None if linear.bias is None else linear.bias.detach().bfloat16()
+    return lambda tensor: F.linear(tensor.bfloat16(), weight, bias)
+
+
+@contextmanager
+def replaced(linears: Linears) -> Iterator[None]:
+    """Within it, each module computes what stands beside it."""
+    for module, forward in linears:
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, _ in linears:
+            module.__dict__.pop("forward", None)
 
 
 class ReplayDecoder:
@@ -168,9 +200,15 @@ class ReplayDecoder:
         self.rows = [self.rows[index] for index in _after_drop(len(self.rows), rows)]
 
 
+def _empty(tensor: Tensor, values: Tensor) -> Tensor:
+    """No rows of a cache for a layer's keys or values [heads, tokens, head dimension]; both are kept in one type."""
+    wide = values.dtype if values.device.type != "cpu" or values.dtype == torch.float64 else torch.float32
+    return tensor.new_zeros(0, 0, tensor.shape[0], tensor.shape[2], dtype=wide)
+
+
 def _grown(tensor: Tensor, rows: int, length: int) -> Tensor:
-    bigger = tensor.new_zeros(rows, tensor.shape[1], length, tensor.shape[3])
-    bigger[: tensor.shape[0], :, : tensor.shape[2]] = tensor
+    bigger = tensor.new_zeros(rows, length, *tensor.shape[2:])
+    bigger[: tensor.shape[0], : tensor.shape[1]] = tensor
     return bigger
 
 

@@ -1,10 +1,13 @@
 """One token per row, by inverse CDF from addressed uniforms: a row's draw depends on nothing but its own logits and number."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.errors import RunError
 from posttrain.sampling.settings import Sampling
+
+BLOCK = 64
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -15,16 +18,36 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     if sampling.temperature == 0:
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-    logp = (logits / sampling.temperature).log_softmax(-1)
+    shaped = logits if sampling.temperature == 1 else logits / sampling.temperature
     if sampling.truncates:
-        logp = truncate(logp, sampling).log_softmax(-1)
-    cumulative = logp.double().exp_().cumsum_(-1)
-    total = cumulative[:, -1:].contiguous()
-    if not bool(total.isfinite().all()):
+        shaped = truncate(shaped.log_softmax(-1), sampling)
+    lse = shaped.logsumexp(-1, keepdim=True)
+    if not bool(lse.isfinite().all()):
         raise RunError("the policy's logits are not finite: its weights have diverged; lower optim.learning_rate")
-    token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
-    token = torch.minimum(token, torch.searchsorted(cumulative, total))[:, 0]  # rounding never leaves the support
-    return token, logp.gather(1, token[:, None])[:, 0]
+    token = _inverse((shaped - lse).exp_(), uniform)
+    return token, (shaped.gather(1, token[:, None]) - lse)[:, 0]
+
+
+def _inverse(weight: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the running sum of `weight` [A, V] passes `uniform` of its total: first the block, then within it.
+
+    Sums are float64. A token of weight 0 is never taken.
+    """
+    rows, size = weight.shape
+    if size % BLOCK:
+        weight = F.pad(weight, (0, -size % BLOCK))
+    blocks = weight.view(rows, -1, BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum_(-1)
+    wanted = uniform[:, None] * ends[:, -1:]
+    block = _first_beyond(ends, wanted)
+    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].double().cumsum_(-1)
+    return (block * BLOCK + _first_beyond(inside, wanted - before))[:, 0]
+
+
+def _first_beyond(ends: Tensor, wanted: Tensor) -> Tensor:
+    """[A, 1]: where each ascending row first exceeds `wanted`; rounding never leads past the last rise."""
+    return torch.minimum(torch.searchsorted(ends, wanted, right=True), torch.searchsorted(ends, ends[:, -1:].contiguous()))
 
 
 def truncate(logp: Tensor, sampling: Sampling) -> Tensor:

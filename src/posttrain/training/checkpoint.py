@@ -26,8 +26,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 KINDS = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint8": "U8", "bool": "BOOL",
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
+    "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 STALE = re.compile(r"[a-z]+-\d{8}\.tmp-\d+(-old)?")
 

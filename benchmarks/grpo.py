@@ -1,0 +1,141 @@
+"""A whole step of GRPO: 4 prompts x 8 samples x at most 128 tokens, one update. Every sample has an advantage."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.machine import peak_megabytes
+from benchmarks.models import HOME, PROBLEMS, SEED, model_folder
+from benchmarks.sft import BEGAN, RATE, metrics
+from posttrain.tasks.grader import Grader
+from posttrain.text import Grade, Problem
+
+GROUPS, GROUP, BUDGET = 4, 8, 128
+
+
+class Letters(Grader):
+    """The number of different characters in a text: two samples rarely have the same."""
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        return Grade(letters(text))
+
+
+def letters(text: str) -> float:
+    return len(set(text)) + len(text) / 1000
+
+
+def posttrain(shape: str, steps: int, dtype: str = "float32", **changes: Any) -> dict[str, Any]:
+    """The stage as a user would run it."""
+    from posttrain import train
+
+    folder = HOME / "grpo-posttrain"
+    shutil.rmtree(folder, ignore_errors=True)
+    stage = train(
+        HOME, folder.name, model={"path": str(model_folder(shape)), "dtype": dtype}, objective={"kind": "grpo", "aggregate": "token"},
+        task={"kind": "arithmetic", "source": {**PROBLEMS, "rows": f"0:{steps * GROUPS}"}, "grader": "benchmarks.grpo:Letters"},
+        rollout={"problems": GROUPS, "per_problem": GROUP, "sampling": {"max_tokens": BUDGET}}, steps=steps,
+        optim={"learning_rate": RATE, "schedule": "constant", "warmup": 0.0, "clip": 1.0}, seed=SEED, **changes,
+    )  # fmt: skip
+    lines = metrics(stage)
+    return {
+        "first": lines[0]["time"]["at"] - lines[0]["time"]["seconds"] - BEGAN,
+        "seconds": [line["time"]["seconds"] for line in lines],
+        "tokens": [round(line["length"] * GROUPS * GROUP) for line in lines],
+        "rewards": [line["reward"] for line in lines],
+        "mismatch": max(line["mismatch"] for line in lines),
+        "peak": peak_megabytes(),
+    }
+
+
+def trainer(shape: str, steps: int, clock: Any = None, **options: Any) -> tuple[Any, list[int]]:
+    """TRL's `GRPOTrainer` on the same problems, and the list to which it appends the tokens of each rollout."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    from posttrain.tasks import Task
+
+    task = Task.model_validate({"kind": "arithmetic", "source": PROBLEMS, "limit": steps * GROUPS})
+    chats = [[{"role": each.role, "content": each.content} for each in problem.prompt] for problem in task.problems()]
+    tokens: list[int] = []
+
+    def reward(completions: Any, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        tokens.append(sum(map(len, completion_ids)))
+        return [letters(each[0]["content"]) for each in completions]
+
+    options = {"per_device_train_batch_size": GROUP, **options}
+    arguments = GRPOConfig(
+        str(HOME / "grpo-trl"), report_to="none", use_cpu=True, num_generations=GROUP, max_completion_length=BUDGET, max_steps=steps,
+        gradient_accumulation_steps=GROUPS * GROUP // options["per_device_train_batch_size"], learning_rate=RATE,
+        lr_scheduler_type="constant", logging_steps=1, save_strategy="no", disable_tqdm=True, max_grad_norm=1.0, weight_decay=0.0,
+        shuffle_dataset=False, **options,
+    )  # fmt: skip
+    made = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(model_folder(shape), dtype="float32"), reward, args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": chat} for chat in chats]), callbacks=[clock] if clock else None,
+        processing_class=AutoTokenizer.from_pretrained(model_folder(shape)),
+    )  # fmt: skip
+    return made, tokens
+
+
+def trl(shape: str, steps: int, **options: Any) -> dict[str, Any]:
+    """`options` go to `GRPOConfig`, whose defaults are bf16 and gradient checkpointing."""
+    from transformers import TrainerCallback
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(time.time())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.time())
+
+    made, tokens = trainer(shape, steps, Clock(), **options)
+    made.train()
+    seconds = [end - begin for begin, end in zip(times[::2], times[1::2], strict=True)]
+    return {"first": times[0] - BEGAN, "seconds": seconds, "tokens": tokens, "peak": peak_megabytes()}
+
+
+def agreement(shape: str) -> dict[str, float]:
+    """A batch that TRL sampled and credited, in float32: the gap of the loss and of the whole gradient, relative.
+
+    With every ratio 1 the loss is a weighted mean of advantages about zero: its gap is relative to their mean size.
+    """
+    import torch
+
+    from posttrain.batch import Rollouts, Sequences
+    from posttrain.models.load import wrap
+    from posttrain.models.source import ModelSource
+    from posttrain.objectives import GRPO
+
+    made, _ = trainer(shape, 1, bf16=False, gradient_checkpointing=False)
+    made.current_gradient_accumulation_steps = GROUPS
+    rows = [made.train_dataset[index // GROUP] for index in range(GROUPS * GROUP)]
+    batch = made._generate_and_score_completions(rows)
+    theirs = torch.zeros(())
+    for part in (slice(first, first + GROUP) for first in range(0, GROUPS * GROUP, GROUP)):
+        loss = made._compute_loss(made.model, {name: value[part] if value.ndim else value for name, value in batch.items()})
+        loss.backward()
+        theirs += loss.detach()
+    expected = torch.cat([parameter.grad.flatten() for parameter in made.model.parameters()])
+    made.model.zero_grad()
+
+    pairs, credit = [], []
+    for row in range(len(rows)):
+        prompt, answer = (batch[f"{name}_ids"][row][batch[f"{name}_mask"][row].bool()].tolist() for name in ("prompt", "completion"))
+        pairs.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
+        credit += [batch["advantages"][row]] * len(answer)
+    lm = wrap(made.model, ModelSource(path="the model"))
+    seqs, objective = Sequences.of(pairs), GRPO(aggregate="token")
+    with torch.no_grad():
+        logp = lm.logprobs(seqs)
+    rollouts = Rollouts(seqs, logp, torch.stack(credit), torch.zeros(len(rows), dtype=torch.long))
+    total = objective.loss(lm, rollouts).terms["policy"] / seqs.trained
+    total.backward()
+    found = torch.cat([parameter.grad.flatten() for parameter in made.model.parameters()])
+    return {
+        "loss": float((total.detach() - theirs).abs() / rollouts.advantage.abs().mean()),
+        "gradient": float((found - expected).norm() / expected.norm()),
+    }
