@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import cache
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from posttrain.models.layout import Segment, Tree
 
 NAME = "posttrain"
+BLOCK = 128  # tokens: FlexAttention decides what is seen in squares of this side
+COMPILATIONS = 64  # at most, of FlexAttention in one process: one per model shape, dtype and scoring, with and without gradients
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -74,7 +78,8 @@ def _attend(
     if sliding_window is None and getattr(module, "is_sliding", False):
         sliding_window = getattr(module, "sliding_window", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return plan.attend(query, key, value, Scoring(scale, sliding_window, softcap, s_aux)), None
+    cap = None if softcap is None else float(softcap)
+    return plan.attend(query, key, value, Scoring(scale, sliding_window, cap, s_aux)), None
 
 
 AttentionInterface.register(NAME, _attend)
@@ -90,19 +95,62 @@ def recompute_context(model: PreTrainedModel) -> Callable[[], tuple[AbstractCont
     return contexts
 
 
+Kernel = Literal["flash", "flex", "segments"]
+
+
+def kernel_for(device: str, dtype: torch.dtype, row: int, heads: tuple[int, int], plain: bool) -> Kernel:
+    """What attends over a tree of `row` tokens. flash: CPU flash per segment; flex: FlexAttention; segments: masked SDPA.
+
+    heads: the dimension of a head's keys and of its values. plain: no window that binds, no cap on the scores, no sinks.
+    """
+    if device == "cpu":
+        return "flash" if plain and heads[0] == heads[1] else "segments"
+    widest = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}.get(dtype, 0)  # what fits a GPU's shared memory
+    takes = min(heads) >= 16 and max(heads) <= widest
+    return "flex" if device == "cuda" and takes and row > BLOCK else "segments"  # a row of one block is not worth compiling for
+
+
 class TreePlan:
     """Causal attention over a tree: each token sees its segment up to itself, and the whole of its ancestors."""
 
     def __init__(self, layout: Tree) -> None:
         self.layout = layout
         self.reach = max((part.depth + part.end - part.start for part in layout.segments), default=0)
+        self._seen: dict[tuple[int | None, torch.device], BlockMask] = {}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        window_binds = scoring.window is not None and self.reach > scoring.window
-        plain = not window_binds and scoring.softcap is None and scoring.sinks is None
-        if plain and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-            return _TreeFlash.apply(query, key, value, self.layout.segments, scoring.scale)
+        plain = not self._binds(scoring.window) and scoring.softcap is None and scoring.sinks is None
+        heads = (query.shape[-1], value.shape[-1])
+        match kernel_for(query.device.type, _computed_in(value), query.shape[2], heads, plain):
+            case "flash":
+                return _TreeFlash.apply(query, key, value, self.layout.segments, scoring.scale)
+            case "flex":
+                return self._by_flex(query, key, value, scoring)
         return self._by_segment(query, key, value, scoring)
+
+    def _binds(self, window: int | None) -> bool:
+        return window is not None and self.reach > window
+
+    def _by_flex(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """The whole row in one call of FlexAttention: a fused kernel on a GPU, dense and slow elsewhere. For any scoring."""
+        window = scoring.window if self._binds(scoring.window) else None
+        if (window, query.device) not in self._seen:
+            self._seen[window, query.device] = block_mask(self.layout, window, query.device)
+        dtype = _computed_in(value)
+        attention: Any = _compiled_flex() if query.device.type == "cuda" else flex_attention
+        # floats as constants of the kernel: left dynamic, the scale would be a symbol that its template cannot take
+        constants = torch._dynamo.config.patch(specialize_float=True, recompile_limit=COMPILATIONS)
+        with torch.autocast(query.device.type, enabled=False), constants:
+            out, aux = attention(
+                query.to(dtype), key.to(dtype), value.to(dtype), _capped(scoring.softcap), self._seen[window, query.device],
+                scoring.scale, query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=scoring.sinks is not None),
+                # float32 tiles fit shared memory only when they are not loaded ahead
+                kernel_options={"num_stages": 1} if dtype == torch.float32 else None,
+            )  # fmt: skip
+        if scoring.sinks is not None:
+            kept = torch.sigmoid(aux.lse - scoring.sinks.reshape(1, -1, 1).to(aux.lse.dtype))  # the sink takes the rest
+            out = out * kept.unsqueeze(-1).to(out.dtype)
+        return out.transpose(1, 2)
 
     def _by_segment(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Every segment against its own path from the root, under a mask of positions. For any kind of scoring."""
@@ -116,6 +164,56 @@ class TreePlan:
             allowed = gap >= 0 if scoring.window is None else (gap >= 0) & (gap < scoring.window)
             outputs.append(weighted(query[:, :, part.start : part.end], keys, values, allowed, scoring))
         return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def block_mask(layout: Tree, window: int | None, device: torch.device) -> BlockMask:
+    """What each token of the row sees: token k is seen by the tokens k <= q < until[k], those in the window alone.
+
+    The squares that are seen in part are found from the extremes of each block, so that no mask of T x T is made.
+    """
+    row = len(layout.tokens)
+    sizes = torch.tensor([(part.tree_end, part.end - part.start) for part in layout.segments])
+    until = sizes[:, 0].repeat_interleave(sizes[:, 1])
+    positions = layout.positions
+    oldest = torch.zeros_like(positions) if window is None else positions - window + 1  # the first position that a token sees
+
+    first = torch.arange(0, row, BLOCK)
+    members = (first[:, None] + torch.arange(BLOCK)).clamp(max=row - 1)
+    (until_low, until_high), (place_low, place_high), (oldest_low, oldest_high) = (
+        each[members].aminmax(dim=1) for each in (until, positions, oldest)
+    )
+    start, whole = first[:, None], first[:, None] + BLOCK <= row  # of the queries; those of the keys are along the columns
+    some = (first <= start) & (until_high > start) & (place_high >= oldest_low[:, None])
+    every = whole & (first < start) & (until_low >= start + BLOCK) & (place_low >= oldest_high[:, None])
+
+    def listed(squares: Tensor) -> tuple[Tensor, Tensor]:
+        squares = squares.to(device).int()[None, None]
+        return squares.sum(-1, dtype=torch.int32), squares.argsort(dim=-1, descending=True, stable=True).int()
+
+    until, positions, oldest = (each.to(device, torch.int32) for each in (until, positions, oldest))
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~every), *listed(every), BLOCK_SIZE=BLOCK, seq_lengths=(row, row), mask_mod=_sees(until, positions, oldest)
+    )
+
+
+def _sees(until: Tensor, positions: Tensor, oldest: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    return lambda batch, head, q, k: (k <= q) & (q < until[k]) & (oldest[q] <= positions[k])
+
+
+def _capped(cap: float | None) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    return None if cap is None else lambda score, batch, head, q, k: cap * torch.tanh(score / cap)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    """One compilation serves rows of every length. fullgraph: uncompiled, it would make all T x T scores."""
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+def _computed_in(value: Tensor) -> torch.dtype:
+    """The dtype of an attention over `value`: under autocast, autocast's own, as for torch's other attention."""
+    kind = value.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
 
 
 def weighted(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scoring: Scoring) -> Tensor:
