@@ -32,7 +32,8 @@ def posttrain(shape: str, steps: int, dtype: str = "float32", **changes: Any) ->
     folder = HOME / "grpo-posttrain"
     shutil.rmtree(folder, ignore_errors=True)
     stage = train(
-        HOME, folder.name, model={"path": str(model_folder(shape)), "dtype": dtype}, objective={"kind": "grpo", "aggregate": "token"},
+        HOME, folder.name, model={"path": str(model_folder(shape)), "dtype": dtype},
+        objective={"kind": "grpo", "aggregate": "token"},
         task={"kind": "arithmetic", "source": {**PROBLEMS, "rows": f"0:{steps * GROUPS}"}, "grader": "benchmarks.grpo:Letters"},
         rollout={"problems": GROUPS, "per_problem": GROUP, "sampling": {"max_tokens": BUDGET}}, steps=steps,
         optim={"learning_rate": RATE, "schedule": "constant", "warmup": 0.0, "clip": 1.0}, seed=SEED, **changes,
@@ -66,8 +67,8 @@ def trainer(shape: str, steps: int, clock: Any = None, **options: Any) -> tuple[
 
     options = {"per_device_train_batch_size": GROUP, **options}
     arguments = GRPOConfig(
-        str(HOME / "grpo-trl"), report_to="none", use_cpu=True, num_generations=GROUP, max_completion_length=BUDGET, max_steps=steps,
-        gradient_accumulation_steps=GROUPS * GROUP // options["per_device_train_batch_size"], learning_rate=RATE,
+        str(HOME / "grpo-trl"), report_to="none", use_cpu=True, num_generations=GROUP, max_completion_length=BUDGET,
+        max_steps=steps, gradient_accumulation_steps=GROUPS * GROUP // options["per_device_train_batch_size"], learning_rate=RATE,
         lr_scheduler_type="constant", logging_steps=1, save_strategy="no", disable_tqdm=True, max_grad_norm=1.0, weight_decay=0.0,
         shuffle_dataset=False, **options,
     )  # fmt: skip
@@ -124,7 +125,9 @@ def agreement(shape: str) -> dict[str, float]:
 
     pairs, credit = [], []
     for row in range(len(rows)):
-        prompt, answer = (batch[f"{name}_ids"][row][batch[f"{name}_mask"][row].bool()].tolist() for name in ("prompt", "completion"))
+        prompt, answer = (
+            batch[f"{name}_ids"][row][batch[f"{name}_mask"][row].bool()].tolist() for name in ("prompt", "completion")
+        )
         pairs.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
         credit += [batch["advantages"][row]] * len(answer)
     lm = wrap(made.model, ModelSource(path="the model"))

@@ -87,7 +87,8 @@ def test_an_optimizer_that_was_saved_goes_on_as_if_it_had_never_stopped(dtype: t
     class Standing:
         def __init__(self) -> None:
             self.parameters = fresh()
-            self.optimizer = AdamW(learning_rate=0.1, weight_decay=0.1).build(self.parameters)
+            self.optim = AdamW(learning_rate=0.1, weight_decay=0.1)
+            self.optimizer = self.optim.build(self.parameters)
 
     first, second = Standing(), Standing()
     for number in range(3):

@@ -1,5 +1,6 @@
 """Loading: from a `ModelSource` to an LM and its tokenizer, checked on a few tokens before anything is trained."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ def wrap(model: PreTrainedModel, source: ModelSource) -> LM:
             f"not know: they differ from the model's own by {gap:.3g}; please report it"
         )
     if source.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, offload=source.gradient_checkpointing == "offload")
     return lm
 
 
@@ -93,8 +94,11 @@ def fresh(config: Any, source: ModelSource) -> LM:
     return wrap(AutoModelForCausalLM.from_config(config).to(DTYPES[source.dtype]), source)
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Gradient checkpointing without train mode, which would turn dropout on; recomputation follows the same attention plan."""
+def checkpoint_activations(model: PreTrainedModel, offload: bool = False) -> None:
+    """Gradient checkpointing without train mode, which would turn dropout on; recomputation follows the same attention plan.
+
+    offload: the layers' inputs, all that checkpointing keeps of them, are kept in host memory.
+    """
     from posttrain.models.attention import recompute_context
 
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its older name
@@ -102,6 +106,18 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.training = True
+            if offload:
+                module._gradient_checkpointing_func = in_host_memory(module._gradient_checkpointing_func)
+
+
+def in_host_memory(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's checkpointing of one layer, whose inputs wait for the backward in host memory (pinned, for a GPU of CUDA)."""
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):  # inside, checkpointing's own hooks rule
+            return checkpoint(*args, **kwargs)
+
+    return checkpointed
 
 
 def takes_the_tree(model: PreTrainedModel) -> bool:

@@ -29,8 +29,8 @@ class ModelSource(Settings):
     """tree: no padding, shared prefixes once. auto: the tree where a check shows that the model takes it, else padded."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, more time."""
+    gradient_checkpointing: Literal[False, True, "offload"] = False
+    """true: keep each layer's input only, and recompute the rest in the backward. offload: on a GPU, keep that in host memory."""
     trust_remote_code: str | None = None
     """The revision of the hub repository whose own Python code may run, after you have read it. Never turned on by a folder."""
     chat_template: str | None = None
@@ -61,10 +61,23 @@ class ModelSource(Settings):
 
     def check(self) -> None:
         """What can be refused before anything is loaded. Raises ModelError."""
+        if self.gradient_checkpointing == "offload" and self.on_cpu():
+            raise ModelError(
+                "gradient_checkpointing: offload moves what a GPU would keep to host memory, and this model runs on the cpu; "
+                "set gradient_checkpointing: true"
+            )
         if self.chat_template is not None and not resolve(self.chat_template).is_file():
             raise ModelError(f"chat_template: {self.chat_template}: no such file")
         if self.path is not None and (folder := self.folder()) is not None:
             check_folder(folder)
+
+    def on_cpu(self) -> bool:
+        """Whether the model will be on a CPU. Imports torch where the recipe leaves it to the machine."""
+        if self.device != "auto":
+            return self.device.startswith("cpu")
+        import torch
+
+        return not torch.cuda.is_available()
 
     def fingerprint(self) -> str:
         """Of a local folder the hash of its files, of a hub model its name and revision."""

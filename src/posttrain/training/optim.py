@@ -1,15 +1,19 @@
 """The optimizer and its learning rate."""
 
 import math
-from typing import TYPE_CHECKING, Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from posttrain.component import Component
+from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from posttrain.models.source import ModelSource
 
 
 class Optimizer(Component):
@@ -53,6 +57,13 @@ class Optimizer(Component):
         """An optimizer over named parameters."""
         raise NotImplementedError
 
+    def check(self, model: "ModelSource") -> None:
+        """Raises RecipeError for what cannot be on this machine, or with this model; before weights are read."""
+
+    def place(self, optimizer: "torch.optim.Optimizer", parameter: "nn.Parameter", value: "torch.Tensor") -> "torch.Tensor":
+        """A tensor of a parameter's state, from a checkpoint, where the optimizer reads it."""
+        return value.to(parameter.device)  # `step` too, for the fused optimizer
+
 
 def is_embedding(name: str) -> bool:
     """Tables that tokens or positions are looked up in (embed_tokens, embed_in, wte, wpe, ...); a vocabulary head is none."""
@@ -61,7 +72,10 @@ def is_embedding(name: str) -> bool:
 
 
 class AdamW(Optimizer, kind="adamw"):
-    """Adam with decoupled weight decay (arXiv 1711.05101), fused. Norms, biases and embeddings are not decayed."""
+    """Adam with decoupled weight decay (arXiv 1711.05101), fused. Norms, biases and embeddings are not decayed.
+
+    In 8 bits (arXiv 2110.02861), the state of embeddings, and of tensors of less than 4096 weights, stays float32.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running mean and of the running square."""
@@ -69,6 +83,29 @@ class AdamW(Optimizer, kind="adamw"):
     """Added to the root of the running square."""
     weight_decay: NonNegativeFloat = 0.0
     """Of matrices only."""
+    state: Literal["full", "8bit", "paged", "paged_8bit"] = "full"
+    """The running means. full: as precise as the weights. 8bit: a quarter of float32's memory. paged: float32 that moves to host
+    memory while the GPU's is short. All but full are of bitsandbytes: `pip install 'posttrain[bitsandbytes]'`."""
+
+    def check(self, model: "ModelSource") -> None:
+        if self.state == "full":
+            return
+        if find_spec("bitsandbytes") is None:
+            raise RecipeError(
+                f"optim.state: {self.state} needs the package bitsandbytes: pip install 'posttrain[bitsandbytes]', "
+                "or set optim.state: full"
+            )
+        if model.dtype == "float64":
+            raise RecipeError(f"optim.state: {self.state} computes in float32, and model.dtype is float64; set optim.state: full")
+        if self.paged and model.on_cpu():
+            raise RecipeError(
+                f"optim.state: {self.state} moves a GPU's memory to the host, and this model runs on the cpu; "
+                "set optim.state: full or 8bit"
+            )
+
+    @property
+    def paged(self) -> bool:
+        return self.state.startswith("paged")
 
     def build(self, parameters: "dict[str, nn.Parameter]") -> "torch.optim.Optimizer":
         import torch
@@ -79,4 +116,19 @@ class AdamW(Optimizer, kind="adamw"):
             {"params": [value for name, value in parameters.items() if name not in decayed], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
+        shared: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps}
+        if self.state == "full":
+            return torch.optim.AdamW(groups, **shared, fused=True)
+        from bitsandbytes.optim import AdamW as Compact
+
+        optimizer = Compact(groups, **shared, optim_bits=8 if self.state.endswith("8bit") else 32, is_paged=self.paged)
+        for name, value in parameters.items():
+            if is_embedding(name):  # as bitsandbytes would begin it, but float32; its own overrides outlive the optimizer
+                means = {each: optimizer.get_state_buffer(value, dtype=torch.float32) for each in ("state1", "state2")}
+                optimizer.state[value] = {"step": 0, **means}
+        return optimizer
+
+    def place(self, optimizer: Any, parameter: "nn.Parameter", value: "torch.Tensor") -> "torch.Tensor":
+        if self.paged and value.shape == parameter.shape:
+            return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
+        return super().place(optimizer, parameter, value)

@@ -155,18 +155,22 @@ def restore_weights(run: "Training", found: Checkpoint) -> None:
 
 
 def optimizer_tensors(run: "Training") -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors: `<parameter>|<what>`."""
+    """The optimizer's state as flat tensors: `<parameter>|<what>`, or `<parameter>|<what>|number` for a plain number."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in run.parameters.items()}
-    return {
-        f"{names[parameter]}|{what}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
-        for parameter, state in run.optimizer.state.items()
-        for what, value in state.items()
-    }
+    found = {}
+    for parameter, state in run.optimizer.state.items():
+        for what, value in state.items():
+            key = f"{names[parameter]}|{what}"
+            if isinstance(value, torch.Tensor):
+                found[key] = value
+            else:
+                found[f"{key}|number"] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    return found
 
 
 def restore_optimizer(run: "Training", tensors: dict[str, torch.Tensor]) -> None:
     run.optimizer.state.clear()
     for key, value in tensors.items():
-        name, _, what = key.rpartition("|")
+        name, what, *number = key.split("|")
         parameter = run.parameters[name]
-        run.optimizer.state[parameter][what] = value.to(parameter.device)  # `step` too: the fused optimizer reads it there
+        run.optimizer.state[parameter][what] = value.item() if number else run.optim.place(run.optimizer, parameter, value)

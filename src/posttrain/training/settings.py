@@ -167,6 +167,7 @@ class TrainSettings(Settings):
     def check(self) -> None:
         """What can be refused before any weight is read: files, columns, rows that the objective cannot learn from."""
         self.model.check()
+        self.optim.check(self.model)
         for data in (self.data, self.validation.data):
             if data is not None:
                 data.check()

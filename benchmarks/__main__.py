@@ -1,0 +1,247 @@
+"""`python -m benchmarks [--only sft-4k grpo ...] [--rounds 3]`: interleaved runs, checked against each other, as one table.
+
+Every measurement is a process of its own; a round runs each engine of a work once, in turn; ratios are taken within a round, and
+their median is shown. A ratio is shown only where the losses of the two engines agree.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.machine import ceilings
+from benchmarks.models import HOME, SHAPES, model_folder
+from benchmarks.sft import size_of_work
+from benchmarks.start import ROWS, write_rows
+
+THREADS = "2"
+WARM = 2  # steps of a run that are not timed
+PLAIN = {"gradient_checkpointing": False}
+FREE = {**PLAIN, "padding_free": True, "max_length": None}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One side of a comparison: a function of benchmarks.<module>, with options."""
+
+    name: str
+    function: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The same work by several engines. The first is ours; `default` is TRL's own setting; `exact` is its float32 one."""
+
+    name: str
+    module: str
+    shape: str
+    steps: int
+    engines: tuple[Engine, ...]
+    default: str = "TRL default"
+
+
+def sft(shape: str, steps: int, *others: Engine) -> Work:
+    ours = (Engine("posttrain mixed", "posttrain", {"dtype": "mixed"}), Engine("posttrain float32", "posttrain"))
+    exact = Engine("TRL padding-free float32", "trl", {**FREE, "bf16": False})
+    return Work(
+        f"SFT, {shape} vocabulary", "sft", shape, steps,
+        (*ours, Engine("TRL default", "trl"), Engine("TRL padding-free", "trl", FREE), exact, *others),
+    )  # fmt: skip
+
+
+WORKS = {
+    "sft-4k": sft("4k", 12, Engine("TRL without checkpointing", "trl", PLAIN)),
+    "sft-32k": sft("32k", 10),
+    "sft-128k": sft("128k", 10),
+    "grpo": Work(
+        "GRPO, 4 prompts x 8 samples x 128 tokens", "grpo", "4k", 5,
+        (
+            Engine("posttrain mixed", "posttrain", {"dtype": "mixed"}),
+            Engine("posttrain float32", "posttrain"),
+            Engine("TRL default", "trl", {"per_device_train_batch_size": 32}),
+            Engine("TRL default, 4 x 8", "trl"),
+            Engine("TRL without checkpointing", "trl", {**PLAIN, "per_device_train_batch_size": 32}),
+            Engine("TRL without checkpointing, float32", "trl", {**PLAIN, "per_device_train_batch_size": 32, "bf16": False}),
+        ),
+    ),
+}  # fmt: skip
+
+
+def measured(module: str, function: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What one process of benchmarks.worker prints."""
+    environment = os.environ | {"OMP_NUM_THREADS": THREADS, "GOMP_SPINCOUNT": "1000", "BENCHMARK_BEGAN": str(time.time())}
+    command = [sys.executable, "-m", "benchmarks.worker", module, function, json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def rate(run: dict[str, Any]) -> float:
+    """Useful tokens a second, the first steps left out."""
+    return sum(run["tokens"][WARM:]) / sum(run["seconds"][WARM:])
+
+
+def gap(one: list[float], other: list[float]) -> float:
+    """The largest relative difference of the losses of the first ten steps."""
+    return max(abs(a - b) / abs(b) for a, b in zip(one[:10], other[:10], strict=True))
+
+
+def compare(work: Work, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs a work and prints its table; returns everything measured."""
+    runs: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in work.engines}
+    for turn in range(rounds):
+        for engine in work.engines:
+            print(f"{work.name}: round {turn + 1} of {rounds}: {engine.name}", file=sys.stderr, flush=True)
+            options = {"shape": work.shape, "steps": work.steps, **engine.options}
+            runs[engine.name].append(measured(work.module, engine.function, options))
+    agree, why = agreement(work, runs)
+    trl = [name for name in runs if name.startswith("TRL")]
+    best = max(trl, key=lambda name: median(map(rate, runs[name])))
+    say(f"\n**{work.name}** ({why})\n")
+    say("| engine | tokens/s | peak MB | of TRL's default | of TRL's best | peak of default's |")
+    say("|---|---|---|---|---|---|")
+    for name, found in runs.items():
+        speed, peak = median(map(rate, found)), median(each["peak"] for each in found)
+        cells = ["", "", ""]
+        if name.startswith("posttrain") and agree:
+            cells = [
+                f"{median(rate(a) / rate(b) for a, b in zip(found, runs[work.default], strict=True)):.2f}",
+                f"{median(rate(a) / rate(b) for a, b in zip(found, runs[best], strict=True)):.2f}",
+                f"{median(a['peak'] / b['peak'] for a, b in zip(found, runs[work.default], strict=True)):.2f}",
+            ]
+        label = f"{name} (TRL's best)" if name == best else name
+        say(f"| {label} | {speed:,.0f} | {peak:,.0f} | {' | '.join(cells)} |")
+    if not agree:
+        say("\nNo ratio is shown: the engines did not compute the same thing.")
+    return {"runs": runs, "agree": agree, "why": why}
+
+
+def agreement(work: Work, runs: dict[str, list[dict[str, Any]]]) -> tuple[bool, str]:
+    """Whether the engines did the same work, and how nearly."""
+    if work.module == "grpo":
+        found = measured("grpo", "agreement", {"shape": work.shape})
+        agree = found["loss"] < 1e-6 and found["gradient"] < 1e-6
+        mismatch = runs["posttrain mixed"][0]["mismatch"]
+        return agree, (
+            f"on a batch from TRL, float32: loss differs by {found['loss']:.1g}, the gradient by {found['gradient']:.1g}; "
+            f"mixed: sampler's log-probs {mismatch:.1g} from the trainer's"
+        )
+    exact, mixed = (
+        max(gap(a["losses"], b["losses"]) for a, b in zip(runs[ours], runs[theirs], strict=True))
+        for ours, theirs in (("posttrain float32", "TRL padding-free float32"), ("posttrain mixed", "TRL default"))
+    )
+    return exact < 1e-5 and mixed < 1e-3, f"losses of ten steps differ by {exact:.1g} in float32, {mixed:.1g} in bf16"
+
+
+def shares(work: Work, result: dict[str, Any], top: dict[str, float], say: Callable[[str], None]) -> None:
+    """The share of the machine's peak that goes into useful work."""
+    sizes = size_of_work(work.shape, work.steps)[WARM:]
+    flops = sum(SHAPES[work.shape].flops(*each) for each in sizes)
+    for name, kind in (("posttrain float32", "float32"), ("posttrain mixed", "bfloat16"), ("TRL default", "bfloat16")):
+        speed = max(flops / sum(run["seconds"][WARM:]) for run in result["runs"][name]) / 1e9
+        say(f"| {work.name} | {name} | {speed:,.0f} | {top[kind]:,.0f} ({kind}) | {speed / top[kind]:.0%} |")
+
+
+def sampling(say: Callable[[str], None]) -> dict[str, Any]:
+    """Tokens a second beside transformers' own generation."""
+    engines = {
+        "posttrain float32": ("posttrain", {}),
+        "posttrain mixed": ("posttrain", {"dtype": "mixed"}),
+        "generate, float32": ("generate", {}),
+        "generate, bfloat16": ("generate", {"bf16": True}),
+        "continuous batching": ("continuous", {}),
+    }
+    found: dict[str, dict[int, float]] = {name: {} for name in engines}
+    sizes = (1, 8, 32, 128)
+    for rows in sizes:
+        for name, (function, options) in engines.items():
+            if function == "continuous" and rows not in (8, 32):
+                continue
+            print(f"sampling {rows}: {name}", file=sys.stderr, flush=True)
+            run = measured("sampling", function, {"shape": "4k", "rows": rows, **options})
+            found[name][rows] = max(a / b for a, b in zip(run["tokens"], run["seconds"], strict=True))
+    say("\n**Sampling, tokens/s** (4k vocabulary, 128 tokens each)\n")
+    say("| engine | " + " | ".join(f"batch {rows}" for rows in sizes) + " |")
+    say("|---|" + "---|" * len(sizes))
+    for name, row in found.items():
+        say(f"| {name} | " + " | ".join(f"{row[rows]:,.0f}" if rows in row else "–" for rows in sizes) + " |")
+    return found
+
+
+def start(say: Callable[[str], None]) -> dict[str, Any]:
+    """How long a user waits."""
+    model, binaries = str(model_folder("4k")), Path(sys.executable).parent
+    write_rows()
+    with tempfile.TemporaryDirectory() as folder:
+        wrong = Path(folder) / "wrong.yaml"
+        wrong.write_text(f"model: {model}\nobjective: sftt\ndata: {ROWS}\n")
+        commands = {
+            "`posttrain --help`": [binaries / "posttrain", "--help"],
+            "`posttrain run` of a wrong recipe, refused": [binaries / "posttrain", "run", wrong],
+            "`trl sft --help`": [binaries / "trl", "sft", "--help"],
+        }
+        found = {}
+        for name, command in commands.items():
+            times = []
+            for _ in range(6):
+                began = time.perf_counter()
+                subprocess.run(list(map(str, command)), capture_output=True)
+                times.append(time.perf_counter() - began)
+            found[name] = median(times[1:])
+    for name in ("posttrain", "trl"):
+        times = [measured("start", name, {"model": model})["first"] for _ in range(3)]
+        found[f"{name}: process to first training step"] = median(times)
+    say("\n**Start**\n\n| | seconds |\n|---|---|")
+    for name, seconds in found.items():
+        say(f"| {name} | {seconds:.2f} |")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=[*WORKS, "sampling", "start"], default=[*WORKS, "sampling", "start"])
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    HOME.mkdir(parents=True, exist_ok=True)
+    for shape in SHAPES:
+        model_folder(shape)
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    top, results = ceilings(), {}
+    for name in asked.only:
+        if name in WORKS:
+            results[name] = compare(WORKS[name], asked.rounds, say)
+    top = {name: max(value, top[name]) for name, value in ceilings().items()}
+    if any(WORKS[name].module == "sft" for name in results):
+        say("\n**Share of the machine's peak on useful work**\n")
+        say("| work | engine | GFLOP/s | peak | share |\n|---|---|---|---|---|")
+        for name, result in results.items():
+            if WORKS[name].module == "sft":
+                shares(WORKS[name], result, top, say)
+    if "sampling" in asked.only:
+        results["sampling"] = sampling(say)
+    if "start" in asked.only:
+        results["start"] = start(say)
+    say(f"\n{THREADS} threads; copy {top['copy']:.0f} GB/s; {asked.rounds} rounds.")
+    (HOME / "results.json").write_text(json.dumps({"ceilings": top, **results}, indent=1))
+    (HOME / "results.md").write_text("\n".join(lines) + "\n")
+    if any(not result["agree"] for name, result in results.items() if name in WORKS):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
