@@ -59,16 +59,17 @@ class _Step:
         self.reach = int(lengths.max()) + 1
         self.places = torch.arange(len(lengths), device=lengths.device) * cache[0][0].shape[1] + lengths
         self.layer = 0
-        self.masks: dict[int | None, Tensor] = {}
+        self.masks: dict[int | None, tuple[Tensor, Tensor]] = {}
 
-    def mask(self, window: int | None) -> Tensor:
-        """[A, 1, 1, reach]: which cached tokens each row sees, its new one included."""
+    def mask(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """[A, 1, 1, reach]: which cached tokens each row sees, its new one included; and what that adds to a score (0, -inf)."""
         if window not in self.masks:
             place = torch.arange(self.reach, device=self.lengths.device)[None]
             seen = place <= self.lengths[:, None]
             if window is not None:
                 seen &= place > self.lengths[:, None] - window
-            self.masks[window] = seen[:, None, None]
+            added = torch.zeros_like(seen, dtype=self.cache[0][0].dtype).masked_fill_(~seen, float("-inf"))
+            self.masks[window] = seen[:, None, None], added[:, None, None]
         return self.masks[window]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
@@ -78,13 +79,13 @@ class _Step:
         for kept, new in ((keys, key), (values, value)):  # one copy of a whole token per row
             kept.flatten(0, 1).flatten(1).index_copy_(0, self.places, new[0].transpose(0, 1).flatten(1).to(kept.dtype))
         keys, values = (each[:rows, : self.reach].transpose(1, 2) for each in (keys, values))
-        query, allowed = query[0].transpose(0, 1).to(keys.dtype), self.mask(scoring.window)  # [A, H, D]
+        query, (seen, added) = query[0].transpose(0, 1).to(keys.dtype), self.mask(scoring.window)  # [A, H, D]
         with torch.autocast(query.device.type, enabled=False):
             if scoring.softcap is None and scoring.sinks is None:
                 grouped = query.unflatten(1, (keys.shape[1], -1))  # the queries that share a key head, as if they were positions
-                out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=allowed, scale=scoring.scale).flatten(1, 2)
+                out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=added, scale=scoring.scale).flatten(1, 2)
             else:
-                out = weighted(query[:, :, None], keys, values, allowed, scoring)[:, :, 0]
+                out = weighted(query[:, :, None], keys, values, seen, scoring)[:, :, 0]
         return out[None].to(dtype)
 
 
