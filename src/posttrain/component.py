@@ -5,9 +5,12 @@ and that is all the registration there is. In a recipe a component is a mapping 
 kind's name. `kind: my_package.module:MyClass` brings one's own.
 """
 
+import ast
 import difflib
 import importlib
 import inspect
+from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ModelWrapValidatorHandler, model_serializer, model_validator
@@ -18,7 +21,22 @@ from pydantic_core import CoreSchema
 class Settings(BaseModel):
     """A section of a recipe: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)  # most are never used
+
+    @classmethod
+    def meaning(cls, name: str) -> str:
+        """What a field is: the text below it in the nearest class that declares it, read from the source when it is asked for."""
+        text = next((texts[name] for each in cls.__mro__ if name in (texts := _texts(each))), "")
+        return cls.model_fields[name].description or text
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """For editors: with the meaning of each field."""
+        schema = handler.resolve_ref_schema(handler(core))
+        for name in cls.model_fields:
+            if about := cls.meaning(name):
+                schema["properties"][name]["description"] = about
+        return schema
 
 
 class Component(Settings):
@@ -103,7 +121,7 @@ class Component(Settings):
         """For editors: a field that takes a family refers to it by name; a kind is a mapping with its name in it."""
         if cls.is_family():
             return {"family": cls.__name__}  # becomes a reference in `pipeline.schema`, which knows all kinds
-        schema = dict(handler.resolve_ref_schema(handler(core)))
+        schema = dict(super().__get_pydantic_json_schema__(core, handler))
         named = {"kind": {"const": cls.kind, "type": "string", "description": cls.summary()}}
         schema["properties"] = {**named, **schema.get("properties", {})}
         return schema
@@ -112,6 +130,28 @@ class Component(Settings):
     def summary(cls) -> str:
         """The first line of the kind's docstring."""
         return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+@cache
+def _texts(section: type) -> dict[str, str]:
+    """{field: the text below it} of a class; nothing where it has no source, as in an interactive session."""
+    if not issubclass(section, Settings) or section is Settings:
+        return {}
+    try:
+        source = inspect.getsource(section)
+    except (OSError, TypeError):
+        return {}
+    tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+    defined = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    found: dict[str, str] = {}
+    for node, below in pairwise([*defined.body, ast.Pass()]):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            match below:
+                case ast.Expr(ast.Constant(str(text))):
+                    found[node.target.id] = inspect.cleandoc(text)
+                case _:
+                    found[node.target.id] = ""
+    return found
 
 
 def did_you_mean(word: str, known: Any) -> str:

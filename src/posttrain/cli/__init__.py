@@ -13,7 +13,7 @@ def main() -> None:
     """The entry point. Ends with 0; 2 for wrong input, 3 for a failed run, 4 for corrupt state, 128 + n for signals."""
     from posttrain.cli.app import app
     from posttrain.errors import PosttrainError
-    from posttrain.pipeline.stage import Interrupted
+    from posttrain.pipeline.signals import Interrupted
 
     try:
         app()

@@ -20,11 +20,14 @@ def chat(
 
     Example: posttrain chat runs/quickstart/grpo-*/model --temperature 0
     """
-    from posttrain.data.render import Template
-    from posttrain.models.load import load
-    from posttrain.sampling import InProcess, Sampling
-    from posttrain.sampling.engine import Request
-    from posttrain.text import Message
+    from posttrain.pipeline.libraries import heavy_imports
+
+    with heavy_imports():
+        from posttrain.data.render import Template
+        from posttrain.models.load import load
+        from posttrain.sampling import InProcess, Sampling
+        from posttrain.sampling.engine import Request
+        from posttrain.text import Message
 
     loaded = load(model)
     template = Template(loaded.tokenizer)

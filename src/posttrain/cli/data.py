@@ -51,7 +51,10 @@ def data(
 
 def template_of(model: str, data: Any) -> Any:
     """The template of a model, without its weights."""
-    from transformers import AutoTokenizer
+    from posttrain.pipeline.libraries import heavy_imports
+
+    with heavy_imports():
+        from transformers import AutoTokenizer
 
     from posttrain.data.render import Template
     from posttrain.errors import ModelError

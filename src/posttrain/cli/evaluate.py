@@ -29,8 +29,11 @@ def evaluate(
 
     from posttrain.data.render import Template
     from posttrain.evaluation import evaluate as evaluate_policy
-    from posttrain.models.load import load
-    from posttrain.models.roles import Frozen
+    from posttrain.pipeline.libraries import heavy_imports
+
+    with heavy_imports():
+        from posttrain.models.load import load
+        from posttrain.models.roles import Frozen
 
     loaded = load(stage.model)
     reference = None if stage.kl_to is None else Frozen(load(stage.kl_to).lm)

@@ -25,12 +25,15 @@ def sample(
 
     Example: posttrain sample posttrain:tiny-base --raw "12 + 7 =" -n 4
     """
-    from posttrain.data.render import Template
-    from posttrain.errors import InputError
-    from posttrain.models.load import load
-    from posttrain.sampling import InProcess, Sampling
-    from posttrain.sampling.engine import Request
-    from posttrain.text import Message
+    from posttrain.pipeline.libraries import heavy_imports
+
+    with heavy_imports():
+        from posttrain.data.render import Template
+        from posttrain.errors import InputError
+        from posttrain.models.load import load
+        from posttrain.sampling import InProcess, Sampling
+        from posttrain.sampling.engine import Request
+        from posttrain.text import Message
 
     loaded = load(model)
     template = Template(loaded.tokenizer, chat=not raw)

@@ -11,9 +11,9 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from posttrain.component import Settings
 from posttrain.data.format import Format, Unusable, detect
-from posttrain.data.render import Rendering, Template
+from posttrain.data.render import Making, Rendering, Template
 from posttrain.data.source import Raw, Source
-from posttrain.errors import DataError
+from posttrain.errors import DataError, InputError
 from posttrain.text import Completion, Conversation, Preference, Problem, Row, Text
 
 TOO_LONG = "longer than max_tokens"
@@ -193,25 +193,27 @@ class Data(Settings):
         left_out: list[dict[str, Dropped]] = []
         for name, source, count, before in zip(loaded.names, loaded.rows, loaded.counts, loaded.left_out, strict=True):
             drops, kept = Drops(before), []
-            for row in source:
-                try:
-                    kept += [(sequence, row.where) for sequence in self.sequences(row, template)]
-                except Unusable as reason:
-                    drops.add(str(reason), row.where)
+            for row, made in zip(source, template.together(self.sequences(row, template) for row in source), strict=True):
+                if isinstance(made, Unusable):
+                    drops.add(str(made), row.where)
+                elif isinstance(made, InputError):
+                    raise made
+                else:
+                    kept += [(sequence, row.where) for sequence in made]
             drops.refuse_nothing(name, count)
             rows.append([sequence for sequence, _ in kept])
             places.append([where for _, where in kept])
             left_out.append(drops.found)
         return Rendered(rows, places, loaded.count, merged(left_out))
 
-    def sequences(self, row: Row, template: Template) -> list[Rendering]:
+    def sequences(self, row: Row, template: Template) -> Making[list[Rendering]]:
         """What is trained on for one row: one sequence, or the pieces of a document."""
         if isinstance(row, Text):
-            return template.pieces(template.document(row.text), self.max_tokens)
+            return template.pieces((yield from template.making_document(row.text)), self.max_tokens)
         if isinstance(row, Completion):
-            sequence = template.completion(row)
+            sequence = yield from template.making_completion(row)
         elif isinstance(row, Conversation):
-            sequence = template.conversation(row, self.learn)
+            sequence = yield from template.making_conversation(row, self.learn)
         else:
             held = "pairs of answers" if isinstance(row, Preference) else "no answers to learn from"
             raise DataError(f"{row.where}: this row holds {held}; what learns from single answers reads the formats {SINGLE}")

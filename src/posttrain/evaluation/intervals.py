@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
 
 Z = 1.959963984540054  # 95%
 
@@ -30,7 +29,7 @@ def share(values: Sequence[float]) -> Figure:
     count = len(values)
     if count == 0:
         return Figure(math.nan, math.nan, math.nan, 0)
-    mean = fmean(values)
+    mean = math.fsum(values) / count
     trials = float(count)
     if count > 1 and 0 < mean < 1:
         variance = sum((value - mean) ** 2 for value in values) / (count - 1) / count
@@ -45,7 +44,7 @@ def average(values: Sequence[float]) -> Figure:
     count = len(values)
     if count == 0:
         return Figure(math.nan, math.nan, math.nan, 0)
-    mean = fmean(values)
+    mean = math.fsum(values) / count
     if count == 1:
         return Figure(mean, -math.inf, math.inf, 1)
     half = Z * math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ from typing import Any, Literal
 from posttrain.errors import InputError, RunError
 from posttrain.pipeline import provenance
 from posttrain.pipeline.recipe import Recipe
-from posttrain.pipeline.stage import Context, Interrupted, references
+from posttrain.pipeline.signals import Interrupted, signals
+from posttrain.pipeline.stage import Context, references
 
 DONE, RECORD = "done.json", "stage.json"
 SHORT = 10  # letters of a key in a folder's name
@@ -162,30 +162,6 @@ def locked(folder: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
-
-
-@contextmanager
-def signals() -> Iterator[Callable[[], str | None]]:
-    """The first SIGINT or SIGTERM asks the run to stop at the next step with its state saved; the second ends it at once."""
-    seen: list[str] = []
-
-    def handle(number: int, _frame: object) -> None:
-        if seen:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        seen.append(signal.Signals(number).name)
-
-    names = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(name, handle) for name in names]
-    except ValueError:  # not in the main thread: signals are somebody else's
-        yield lambda: None
-        return
-    try:
-        yield lambda: seen[0] if seen else None
-    finally:
-        for name, handler in zip(names, before, strict=True):
-            signal.signal(name, handler)
 
 
 def reset_peak_memory() -> None:

@@ -21,7 +21,7 @@ def describe(kind: type[Component]) -> dict[str, Any]:
 def field(section: type[Settings], name: str) -> dict[str, Any]:
     info = section.model_fields[name]
     sections = [cls for cls in section.__mro__ if issubclass(cls, Settings)]
-    above = [cls.model_fields[name].description for cls in sections if name in cls.model_fields]
+    above = [cls.meaning(name) for cls in sections if name in cls.model_fields]
     about = " ".join(next((text for text in above if text), "").split())
     found: dict[str, Any] = {"type": type_name(info.annotation), "about": about}
     if info.is_required():

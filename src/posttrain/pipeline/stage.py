@@ -12,17 +12,10 @@ from posttrain.component import Component
 from posttrain.data.dataset import Data
 from posttrain.models.source import ModelSource
 from posttrain.paths import resolve
+from posttrain.pipeline.signals import Interrupted as Interrupted
 from posttrain.tasks import Task
 
 Metrics = dict[str, Any]
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
-
-    def __init__(self, signal: str) -> None:
-        super().__init__(signal)
-        self.signal = signal
 
 
 @dataclass

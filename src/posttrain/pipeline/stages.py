@@ -9,7 +9,9 @@ from posttrain.component import Settings
 from posttrain.data.dataset import Data
 from posttrain.evaluation import Evaluation
 from posttrain.models.source import ModelSource
-from posttrain.pipeline.stage import Context, Interrupted, Metrics, Stage
+from posttrain.pipeline.libraries import heavy_imports
+from posttrain.pipeline.signals import Interrupted
+from posttrain.pipeline.stage import Context, Metrics, Stage
 from posttrain.sampling import InProcess, Sampler
 from posttrain.tasks import Task
 from posttrain.training.settings import TrainSettings
@@ -21,7 +23,8 @@ class Train(TrainSettings, Stage, kind="train"):
     makes_model = True
 
     def run(self, context: Context) -> Metrics:
-        from posttrain.training.session import Session, train
+        with heavy_imports():
+            from posttrain.training.session import Session, train
 
         settings = self.model_copy(update={"model": context.model(self.model)})
         session = Session(
@@ -63,8 +66,10 @@ class Evaluate(Stage, kind="evaluate"):
 
         from posttrain.data.render import Template
         from posttrain.evaluation import evaluate
-        from posttrain.models.load import load
-        from posttrain.models.roles import Frozen
+
+        with heavy_imports():
+            from posttrain.models.load import load
+            from posttrain.models.roles import Frozen
 
         loaded = load(context.model(self.model))
         reference = None if self.kl_to is None else Frozen(load(context.model(self.kl_to)).lm)
@@ -111,7 +116,8 @@ class Create(Stage, kind="create"):
         self.data.check()
 
     def run(self, context: Context) -> Metrics:
-        from posttrain.models.create import create
+        with heavy_imports():
+            from posttrain.models.create import create
 
         facts = create(self._texts(), self.vocabulary, self.architecture.model_dump(), context.seed, context.folder / "model")
         return {"metrics": {}, **facts}

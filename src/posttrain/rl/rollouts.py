@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import Field, PositiveInt
 
-from posttrain import draws
 from posttrain.component import Settings
-from posttrain.data.stream import Stream
 from posttrain.errors import RunError
 from posttrain.sampling import Sampler, Sampling, sample
 from posttrain.text import Grade, Problem, Sample
@@ -62,6 +59,8 @@ class OnPolicyStream:
         self, objective: "OnPolicy", problems: Sequence[Problem], grader: "Grader", sampler: Sampler, plan: Rollout,
         policy: "LM", template: "Template", roles: "Roles", seed: int,
     ) -> None:  # fmt: skip
+        from posttrain.data.stream import Stream
+
         self.objective, self.problems, self.grader, self.sampler, self.plan = objective, problems, grader, sampler, plan
         self.policy, self.template, self.roles, self.seed = policy, template, roles, seed
         self.stream = Stream([len(problems)], None, seed)
@@ -111,6 +110,10 @@ class OnPolicyStream:
 
     def _minibatches(self, owners: Sequence[str]) -> list[list[int]]:
         """Whole groups, shuffled anew for each epoch."""
+        import numpy as np
+
+        from posttrain import draws
+
         groups: dict[str, list[int]] = {}
         for row, owner in enumerate(owners):
             groups.setdefault(owner, []).append(row)
