@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check tiny-base clean
+.PHONY: quickstart test check bench tiny-base clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/posttrain run recipes/quickstart.yaml
@@ -20,6 +20,10 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -x --ignore tests/test_mutants.py --ignore tests/test_resume.py
 
+# posttrain beside TRL and transformers on this machine, about an hour: the tables of docs/performance.md.
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
 # Makes the model in src/posttrain/assets/tiny-base anew, into runs/tiny_base (at most an hour on two cores).
 tiny-base: $(VENV)/.core
 	$(BIN)/posttrain run recipes/tiny_base.yaml
@@ -33,6 +37,10 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.core
+	$(PIP) -e '.[bench]'
 	touch $@
 
 clean:

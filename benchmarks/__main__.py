@@ -58,22 +58,28 @@ def sft(shape: str, steps: int, *others: Engine) -> Work:
     )  # fmt: skip
 
 
+def grpo(shape: str, steps: int, what: str) -> Work:
+    whole = {"per_device_train_batch_size": 32}
+    engines = (
+        Engine("posttrain mixed", "posttrain", {"dtype": "mixed"}),
+        Engine("posttrain float32", "posttrain"),
+        Engine("TRL default", "trl", whole),
+        Engine("TRL default, 4 x 8 samples at a time", "trl"),
+        Engine("TRL without checkpointing", "trl", {**PLAIN, **whole}),
+        Engine("TRL without checkpointing, float32", "trl", {**PLAIN, **whole, "bf16": False}),
+    )
+    name = f"GRPO, {shape.partition('-')[0]} vocabulary, 4 prompts x 8 samples x at most 128 tokens: {what}"
+    return Work(name, "grpo", shape, steps, engines)
+
+
 WORKS = {
-    "sft-4k": sft("4k", 12, Engine("TRL without checkpointing", "trl", PLAIN)),
+    "sft-4k": sft("4k", 20, Engine("TRL without checkpointing", "trl", PLAIN)),
     "sft-32k": sft("32k", 10),
     "sft-128k": sft("128k", 10),
-    "grpo": Work(
-        "GRPO, 4 prompts x 8 samples x 128 tokens", "grpo", "4k", 5,
-        (
-            Engine("posttrain mixed", "posttrain", {"dtype": "mixed"}),
-            Engine("posttrain float32", "posttrain"),
-            Engine("TRL default", "trl", {"per_device_train_batch_size": 32}),
-            Engine("TRL default, 4 x 8", "trl"),
-            Engine("TRL without checkpointing", "trl", {**PLAIN, "per_device_train_batch_size": 32}),
-            Engine("TRL without checkpointing, float32", "trl", {**PLAIN, "per_device_train_batch_size": 32, "bf16": False}),
-        ),
-    ),
-}  # fmt: skip
+    "grpo-4k": grpo("4k", 5, "none ends before its 128 tokens"),
+    "grpo-4k-taught": grpo("4k-taught", 6, "a model whose answers end by themselves"),
+    "grpo-32k": grpo("32k", 4, "none ends before its 128 tokens"),
+}
 
 
 def measured(module: str, function: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     HOME.mkdir(parents=True, exist_ok=True)
-    for shape in SHAPES:
+    for shape in (*SHAPES, "4k-taught"):
         model_folder(shape)
     lines: list[str] = []
 

@@ -1,7 +1,8 @@
 """What is measured on: small random Llama models, GSM8K rows and arithmetic prompts, made once into `runs/benchmarks`."""
 
 import json
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,26 @@ SHAPES = {
 
 
 def model_folder(name: str) -> Path:
-    """A transformers folder of SHAPES[name], random weights."""
+    """A transformers folder of SHAPES[name], random weights; `<name>-taught` has learned to answer arithmetic, and to end."""
     folder = HOME / f"model-{name}"
     if not (folder / "made.json").is_file():
-        _make(SHAPES[name], folder)
+        if name.endswith("-taught"):
+            _teach(name.removesuffix("-taught"), folder)
+        else:
+            _make(SHAPES[name], folder)
+        (folder / "made.json").write_text(json.dumps({"name": name}))
     return folder
+
+
+def _teach(name: str, folder: Path) -> None:
+    from posttrain import train
+
+    made = train(
+        HOME, "teach", model=str(model_folder(name)), objective="sft", steps=60, batch={"rows": 16},
+        data={"sources": PROBLEMS, "format": {"kind": "prompt_completion", "fields": {"completion": "solution"}}},
+        optim={"learning_rate": 2e-3, "schedule": "constant"}, seed=SEED,
+    )  # fmt: skip
+    shutil.copytree(made, folder, dirs_exist_ok=True)
 
 
 def _make(shape: Shape, folder: Path) -> None:
@@ -79,7 +95,6 @@ def _make(shape: Shape, folder: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(SEED)
     save(LlamaForCausalLM(config), tokenizer, folder)
-    (folder / "made.json").write_text(json.dumps(asdict(shape)))
 
 
 def sft_rows(name: str, updates: int) -> list[tuple[list[int], list[bool]]]:

@@ -67,7 +67,8 @@ def trl(shape: str, steps: int, **options: Any) -> dict[str, Any]:
     arguments = SFTConfig(
         str(HOME / "sft-trl"), report_to="none", use_cpu=True, per_device_train_batch_size=ROWS, max_steps=steps,
         learning_rate=RATE, lr_scheduler_type="constant", logging_steps=1, logging_first_step=True, save_strategy="no",
-        disable_tqdm=True, completion_only_loss=True, train_sampling_strategy="sequential", max_grad_norm=1.0, weight_decay=0.0, **options,
+        disable_tqdm=True, completion_only_loss=True, train_sampling_strategy="sequential", max_grad_norm=1.0,
+        weight_decay=0.0, **options,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(model_folder(shape))
     trainer = SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])

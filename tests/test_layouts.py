@@ -191,7 +191,7 @@ def test_a_gradient_reaches_the_shared_prefix_from_every_branch():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("case", ["llama", "gemma3", "gpt2", "phi", "qwen3", "lora on the head", "mamba"])
 def test_the_weighted_sum_is_that_of_the_log_probs_in_value_and_gradient(case, temperature, monkeypatch):
-    monkeypatch.setattr(head, "CHUNK", 1)  # 16 rows at a time, so that there are several chunks
+    monkeypatch.setitem(head.CHUNK, "cpu", 1)  # 16 rows at a time, so that there are several chunks
     lm = make("qwen3" if case == "lora on the head" else case)
     if case == "lora on the head":
         LoRA(rank=4, targets=["lm_head", "q_proj"]).install(lm.model)
@@ -214,7 +214,7 @@ def test_the_weighted_sum_is_that_of_the_log_probs_in_value_and_gradient(case, t
 
 @pytest.mark.parametrize("name", ["gemma3", "phi"])
 def test_over_the_vocabulary_the_entropy_and_its_gradient_are_those_of_the_models_own_logits(name, monkeypatch):
-    monkeypatch.setattr(head, "CHUNK", 1)
+    monkeypatch.setitem(head.CHUNK, "cpu", 1)
     lm, (row, train) = make(name), family()[7]
 
     def entropy(logits, _targets):

@@ -117,10 +117,14 @@ def test_a_row_beyond_the_context_is_refused_before_training(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, ["1000", "128"]), ({"OMP_WAIT_POLICY": "ACTIVE"}, [None, "128"]), ({"GOMP_SPINCOUNT": "7"}, ["7", "128"])],
+    [
+        ({}, ["1000", "16", "16"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, [None, "16", "16"]),
+        ({"GOMP_SPINCOUNT": "7", "LRU_CACHE_CAPACITY": "8"}, ["7", "16", "8"]),
+    ],
 )
 def test_threads_do_not_spin_for_long_and_kernels_do_not_pile_up_unless_the_user_says_so(given, expected):
-    names = ["GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
+    names = ["GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"]
     code = f"import posttrain, os, json; print(json.dumps([os.environ.get(name) for name in {names}]))"
     clean = {key: value for key, value in os.environ.items() if key not in {*names, "OMP_WAIT_POLICY"}}
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean | given).stdout

@@ -131,7 +131,7 @@ MUTANTS = [
     Mutant(
         "the recorded log-probability is not of the distribution that was drawn from",
         "sampling/draw.py",
-        "return token, (shaped.gather(1, token[:, None]) - lse)[:, 0]",
+        "return token, (shaped.gather(1, token[:, None]) - top - total.log().to(shaped.dtype))[:, 0]",
         "return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]",
         f"{SAMPLING}::test_the_log_probs_recorded_while_sampling_are_the_trainers[llama-0.7]",
     ),

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1 << 22  # logits held at a time
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits held at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def rows_at_a_time(vocabulary: int) -> int:
-    return max(16, CHUNK // vocabulary)
+def rows_at_a_time(vocabulary: int, device: str) -> int:
+    return max(16, CHUNK.get(device, CHUNK["cuda"]) // vocabulary)
 
 
 def is_plain(head: nn.Module) -> bool:
@@ -76,7 +76,7 @@ class _LinearLogProb(torch.autograd.Function):
         total = logp.new_zeros(())
         ctx.fused = fn is not None and any(ctx.needs_input_grad[:3])
         sums = _Gradients(hidden, wide_matrix, wide_bias, ctx.needs_input_grad) if ctx.fused else None
-        step = rows_at_a_time(len(matrix))
+        step = rows_at_a_time(len(matrix), hidden.device.type)
         for start in range(0, len(hidden), step):
             part = slice(start, min(start + step, len(hidden)))
             rows = wide(hidden[part])
@@ -107,7 +107,7 @@ class _LinearLogProb(torch.autograd.Function):
         weight = d_logp + d_total
         wide_matrix, wide_bias = wide(matrix), None if bias is None else wide(bias)
         sums = _Gradients(hidden, wide_matrix, wide_bias, ctx.needs_input_grad)
-        step = rows_at_a_time(len(matrix))
+        step = rows_at_a_time(len(matrix), hidden.device.type)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
             rows = wide(hidden[part])
@@ -132,7 +132,7 @@ def _logit_grad(
 ) -> Tensor:
     """The gradient of sum(weight * logp) with respect to the raw logits."""
     weight = weight.to(shaped.dtype)[:, None]
-    grad = (shaped - lse).exp_().mul_(-weight)
+    grad = shaped.sub_(lse).exp_().mul_(-weight)  # in its place: it is not needed again
     grad.scatter_add_(1, target[:, None], weight)
     if shape.cap is not None:
         grad.mul_(1 - (shape(logits) / shape.cap) ** 2)
@@ -188,7 +188,7 @@ def vocabulary_of(head: nn.Module) -> int:
 
 def over_rows(fn: Callable[..., Tensor], vocabulary: int, *tensors: Tensor) -> Tensor:
     """fn on chunks of rows of all `tensors`, recomputed in the backward, so that one chunk's logits exist at a time."""
-    step = rows_at_a_time(vocabulary)
+    step = rows_at_a_time(vocabulary, tensors[0].device.type)
     parts = [
         checkpoint(fn, *(each[start : start + step] for each in tensors), use_reentrant=False)
         for start in range(0, max(1, len(tensors[0])), step)

@@ -137,6 +137,8 @@ def takes_the_tree(model: PreTrainedModel) -> bool:
             states = lm.states(tree, TreePlan(tree))
             for row in together:
                 alone.append(lm.backbone(input_ids=torch.tensor([row], device=lm.device), use_cache=False).last_hidden_state[0])
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, AssertionError):
         return False  # the architecture has attention of its own
     tolerance = 1e-3 if states.dtype in (torch.float32, torch.float64) else 5e-2

@@ -17,6 +17,7 @@ from posttrain.batch import Sequences
 from posttrain.models import layout
 from posttrain.models.attention import Scoring, TreePlan, attending, weighted
 from posttrain.models.lm import LM
+from posttrain.sampling import lean
 
 ROOM = 64  # caches grow in steps of this many tokens
 
@@ -73,20 +74,25 @@ class _Step:
         return self.masks[window]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+        return self.of_rows(query, key, value, scoring)[None]
+
+    def of_rows(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """query [A, H, D], key and value [A, K, D] of each row's new token -> [A, H, D]"""
         keys, values = self.cache[self.layer]
         self.layer += 1
-        dtype, rows = value.dtype, len(self.lengths)
         for kept, new in ((keys, key), (values, value)):  # one copy of a whole token per row
-            kept.flatten(0, 1).flatten(1).index_copy_(0, self.places, new[0].transpose(0, 1).flatten(1).to(kept.dtype))
-        keys, values = (each[:rows, : self.reach].transpose(1, 2) for each in (keys, values))
-        query, (seen, added) = query[0].transpose(0, 1).to(keys.dtype), self.mask(scoring.window)  # [A, H, D]
+            kept.flatten(0, 1).flatten(1).index_copy_(0, self.places, new.flatten(1).to(kept.dtype))
+        keys, values = (each[: len(self.lengths), : self.reach].transpose(1, 2) for each in (keys, values))
+        seen, added = self.mask(scoring.window)
+        query = query.to(keys.dtype)
         with torch.autocast(query.device.type, enabled=False):
             if scoring.softcap is None and scoring.sinks is None:
                 grouped = query.unflatten(1, (keys.shape[1], -1))  # the queries that share a key head, as if they were positions
                 out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=added, scale=scoring.scale).flatten(1, 2)
             else:
                 out = weighted(query[:, :, None], keys, values, seen, scoring)[:, :, 0]
-        return out[None].to(dtype)
+        return out.to(value.dtype)
 
 
 class CachedDecoder:
@@ -96,7 +102,9 @@ class CachedDecoder:
         self.lm = lm
         self.cache: list[tuple[Tensor, Tensor]] = []
         self.lengths = torch.zeros(0, dtype=torch.long, device=lm.device)
-        self.linears = halved(lm)
+        self.step = lean.build(lm)
+        self.checked = False
+        self.linears = halved(lm) if self.step is None else []
 
     def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int], budget: int) -> Tensor:
         tree = layout.tree(prompts)
@@ -131,10 +139,23 @@ class CachedDecoder:
         self.cache = [(_grown(keys, rows, length), _grown(values, rows, length)) for keys, values in self.cache]
 
     def advance(self, tokens: Tensor) -> Tensor:
+        if self.step is None:
+            states = self._by_model(tokens)
+        else:
+            states = self.step(tokens, self.lengths, _Step(self.cache, self.lengths).of_rows)
+            if not self.checked:
+                expected = self._by_model(tokens)
+                self.checked = True
+                if not _close(states, expected, 1e-1 if self.lm.mixed or states.dtype == torch.bfloat16 else 1e-4):
+                    self.step, self.linears, states = None, halved(self.lm), expected
+        self.lengths = self.lengths + 1
+        return self.lm.project(states)
+
+    def _by_model(self, tokens: Tensor) -> Tensor:
+        """The states of one new token per row, by the model's own modules."""
         with attending(self.lm.model, _Step(self.cache, self.lengths)), self.lm.precision(), replaced(self.linears):
             found = self.lm.backbone(input_ids=tokens[None], position_ids=self.lengths[None], use_cache=False)
-        self.lengths = self.lengths + 1
-        return self.lm.project(found.last_hidden_state[0])
+        return found.last_hidden_state[0]
 
     def drop(self, rows: Sequence[int]) -> None:
         order = _after_drop(len(self.lengths), rows)
@@ -146,6 +167,10 @@ class CachedDecoder:
                 keys[to, :reach] = keys[source, :reach]
                 values[to, :reach] = values[source, :reach]
         self.lengths = self.lengths[torch.tensor(order, dtype=torch.long, device=self.lm.device)]
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    return bool((one.float() - other.float()).norm() < tolerance * other.float().norm())
 
 
 Linears = list[tuple[nn.Module, Callable[[Tensor], Tensor]]]

@@ -21,28 +21,28 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     shaped = logits if sampling.temperature == 1 else logits / sampling.temperature
     if sampling.truncates:
         shaped = truncate(shaped.log_softmax(-1), sampling)
-    lse = shaped.logsumexp(-1, keepdim=True)
-    if not bool(lse.isfinite().all()):
-        raise RunError("the policy's logits are not finite: its weights have diverged; lower optim.learning_rate")
-    token = _inverse((shaped - lse).exp_(), uniform)
-    return token, (shaped.gather(1, token[:, None]) - lse)[:, 0]
+    top = shaped.amax(-1, keepdim=True)
+    token, total = _inverse((shaped - top).exp_(), uniform)
+    return token, (shaped.gather(1, token[:, None]) - top - total.log().to(shaped.dtype))[:, 0]
 
 
-def _inverse(weight: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the running sum of `weight` [A, V] passes `uniform` of its total: first the block, then within it.
+def _inverse(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(token [A], total [A, 1]): where the running sum of `weight` [A, V] passes `uniform` of its total.
 
-    Sums are float64. A token of weight 0 is never taken.
+    First the block is found, then the token in it. Sums are float64; a token of weight 0 is never taken.
     """
     rows, size = weight.shape
     if size % BLOCK:
         weight = F.pad(weight, (0, -size % BLOCK))
     blocks = weight.view(rows, -1, BLOCK)
     ends = blocks.sum(-1, dtype=torch.float64).cumsum_(-1)
+    if not bool(ends[:, -1].isfinite().all()):
+        raise RunError("the policy's logits are not finite: its weights have diverged; lower optim.learning_rate")
     wanted = uniform[:, None] * ends[:, -1:]
     block = _first_beyond(ends, wanted)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].double().cumsum_(-1)
-    return (block * BLOCK + _first_beyond(inside, wanted - before))[:, 0]
+    return (block * BLOCK + _first_beyond(inside, wanted - before))[:, 0], ends[:, -1:]
 
 
 def _first_beyond(ends: Tensor, wanted: Tensor) -> Tensor:

@@ -58,10 +58,10 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
         settings.tuner.install(loaded.lm.model)
     parameters = tuned(loaded.lm.model)
     updates, steps = make_updates(settings, session, loaded.lm, template, roles, rows)
+    micro_tokens = settings.batch.at_a_time(loaded.lm.device.type)
     run = Training(
-        loaded.lm, parameters, settings.optim.build(parameters), settings.optim, updates, steps, settings.batch.micro_tokens,
-        session.seconds,
-    )  # fmt: skip
+        loaded.lm, parameters, settings.optim.build(parameters), settings.optim, updates, steps, micro_tokens, session.seconds
+    )
     record = Recorder(
         session.folder, session.owner, settings.checkpoint, settings.validation if measures(settings) else None,
         validator(settings, session, template, rows), session.show, session.interrupted,
@@ -92,9 +92,9 @@ def frozen_roles(settings: TrainSettings, lm: LM) -> Roles:
     if "reference" not in settings.objective.needs:
         return Roles()
     if settings.tuner.reversible:
-        return Roles(Frozen(lm, lambda: settings.tuner.switched_off(lm.model), settings.batch.micro_tokens))
+        return Roles(Frozen(lm, lambda: settings.tuner.switched_off(lm.model), settings.batch.at_a_time(lm.device.type)))
     twin = LM(copy.deepcopy(lm.model).requires_grad_(False), lm.layout, lm.mixed)
-    return Roles(Frozen(twin, micro_tokens=settings.batch.micro_tokens))
+    return Roles(Frozen(twin, micro_tokens=settings.batch.at_a_time(lm.device.type)))
 
 
 def make_updates(
@@ -146,7 +146,7 @@ def validator(
             )
             found |= report.as_dict()
         if rendered is not None:
-            found["nll"] = held_out_nll(run.policy, rendered, settings.batch.micro_tokens)
+            found["nll"] = held_out_nll(run.policy, rendered, run.micro_tokens)
         return found
 
     return validate
