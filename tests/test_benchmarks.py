@@ -1,0 +1,55 @@
+"""The harness compares only what is the same work. Its arithmetic, on made-up measurements; speed itself is never a test."""
+
+import pytest
+
+from benchmarks import __main__ as harness
+
+TRL_LOSSES = [8.0, 7.5, 7.0, 6.5]
+
+
+def run(seconds, losses, peak=100.0):
+    return {"seconds": [9.0, 9.0, seconds, seconds], "tokens": [10, 10, 100, 100], "losses": losses, "peak": peak}
+
+
+def table(monkeypatch, ours, mixed=TRL_LOSSES):
+    """What `compare` prints, where our float32 losses are `ours` and our mixed ones `mixed`."""
+    made = {
+        ("posttrain", "mixed"): run(1.0, mixed, 60.0), ("posttrain", None): run(2.0, ours, 50.0),
+        ("trl", None): run(3.0, TRL_LOSSES), ("trl", "free"): run(2.5, TRL_LOSSES), ("trl", "exact"): run(4.0, TRL_LOSSES),
+    }  # fmt: skip
+
+    def measured(_module, function, options):
+        kind = options.get("dtype") or ("exact" if "bf16" in options else "free" if "padding_free" in options else None)
+        return made[function, kind]
+
+    monkeypatch.setattr(harness, "measured", measured)
+    lines = []
+    found = harness.compare(harness.sft("4k", 4), 2, lines.append)
+    return found, "\n".join(lines)
+
+
+def test_ratios_are_of_the_steps_after_the_first_two_and_of_trls_default_and_best(monkeypatch):
+    found, text = table(monkeypatch, TRL_LOSSES)
+    assert found["agree"]
+    assert "| posttrain mixed | 100 | 60 | 3.00 | 2.50 | 0.60 |" in text
+    assert "| posttrain float32 | 50 | 50 | 1.50 | 1.25 | 0.50 |" in text
+    assert "| TRL padding-free (TRL's best) | 40 | 100 |" in text
+
+
+@pytest.mark.parametrize(
+    ("ours", "mixed"),
+    [([8.0, 7.5, 7.0, 6.5002], TRL_LOSSES), (TRL_LOSSES, [8.0, 7.5, 7.01, 6.5]), ([8.0, 7.5, 7.0, float("nan")], TRL_LOSSES)],
+)
+def test_no_ratio_is_shown_where_the_losses_differ(monkeypatch, ours, mixed):
+    found, text = table(monkeypatch, ours, mixed)
+    assert not found["agree"]
+    assert "No ratio is shown" in text
+    assert "| posttrain mixed | 100 | 60 |  |  |  |" in text
+
+
+def test_the_useful_operations_of_a_step_are_counted_by_hand():
+    shape = harness.SHAPES["4k"]
+    matrices = 384 * 384 * 2 + 2 * 384 * 128 + 3 * 384 * 1024
+    assert shape.layer_weights == 6 * matrices
+    one = 3 * (2 * 6 * matrices * 10 + 6 * 4 * 384 * 10 * 10 / 2 + 2 * 384 * 4096 * 4)
+    assert shape.flops(10, 4, 100) == one
