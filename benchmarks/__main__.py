@@ -141,10 +141,12 @@ def agreement(work: Work, runs: dict[str, list[dict[str, Any]]]) -> tuple[bool, 
     """Whether the engines did the same work, and how nearly."""
     if work.module == "grpo":
         found = measured("grpo", "agreement", {"shape": work.shape})
-        agree = found["loss"] < 1e-6 and found["gradient"] < 1e-6
+        near = found["gradient"] < 1e-6 or found["ours"] <= found["theirs"] < 1e-5
+        agree = found["loss"] < 1e-6 and near
         mismatch = runs["posttrain mixed"][0]["mismatch"]
         return agree, (
-            f"on a batch from TRL, float32: loss differs by {found['loss']:.1g}, the gradient by {found['gradient']:.1g}; "
+            f"on a batch from TRL, float32: loss differs by {found['loss']:.1g}, the gradient by {found['gradient']:.1g} "
+            f"(ours {found['ours']:.1g} from float64, TRL's {found['theirs']:.1g}); "
             f"mixed: sampler's log-probs {mismatch:.1g} from the trainer's"
         )
     exact, mixed = (

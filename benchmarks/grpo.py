@@ -102,7 +102,8 @@ def trl(shape: str, steps: int, **options: Any) -> dict[str, Any]:
 def agreement(shape: str) -> dict[str, float]:
     """A batch that TRL sampled and credited, in float32: the gap of the loss and of the whole gradient, relative.
 
-    With every ratio 1 the loss is a weighted mean of advantages about zero: its gap is relative to their mean size.
+    With every ratio 1 the loss is a weighted mean of advantages about zero: its gap is relative to their mean size. A model that
+    is sure of its tokens has gradients that float32 itself knows badly: `ours` and `theirs` are the gaps to float64.
     """
     import torch
 
@@ -130,15 +131,25 @@ def agreement(shape: str) -> dict[str, float]:
         )
         pairs.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
         credit += [batch["advantages"][row]] * len(answer)
-    lm = wrap(made.model, ModelSource(path="the model"))
-    seqs, objective = Sequences.of(pairs), GRPO(aggregate="token")
-    with torch.no_grad():
-        logp = lm.logprobs(seqs)
-    rollouts = Rollouts(seqs, logp, torch.stack(credit), torch.zeros(len(rows), dtype=torch.long))
-    total = objective.loss(lm, rollouts).terms["policy"] / seqs.trained
-    total.backward()
-    found = torch.cat([parameter.grad.flatten() for parameter in made.model.parameters()])
+    seqs, objective, advantage = Sequences.of(pairs), GRPO(aggregate="token"), torch.stack(credit)
+
+    def ours(dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+        lm = wrap(made.model.to(getattr(torch, dtype)), ModelSource(path="the model", dtype=dtype))
+        lm.model.zero_grad()
+        with torch.no_grad():
+            logp = lm.logprobs(seqs)
+        rollouts = Rollouts(seqs, logp, advantage.to(logp.dtype), torch.zeros(len(rows), dtype=torch.long))
+        total = objective.loss(lm, rollouts).terms["policy"] / seqs.trained
+        total.backward()
+        return total.detach(), torch.cat([parameter.grad.flatten() for parameter in lm.model.parameters()])
+
+    def gap(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one.double() - other.double()).norm() / other.double().norm())
+
+    (loss, found), (_, exact) = ours("float32"), ours("float64")
     return {
-        "loss": float((total.detach() - theirs).abs() / rollouts.advantage.abs().mean()),
-        "gradient": float((found - expected).norm() / expected.norm()),
+        "loss": float((loss - theirs).abs() / advantage.abs().mean()),
+        "gradient": gap(found, expected),
+        "ours": gap(found, exact),
+        "theirs": gap(expected, exact),
     }
