@@ -6,6 +6,7 @@ their median is shown. A ratio is shown only where the losses of the two engines
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -103,8 +104,9 @@ def rate(run: dict[str, Any]) -> float:
 
 
 def gap(one: list[float], other: list[float]) -> float:
-    """The largest relative difference of the losses of the first ten steps."""
-    return max(abs(a - b) / abs(b) for a, b in zip(one[:10], other[:10], strict=True))
+    """The largest relative difference of the losses of the first ten steps; infinite where one is not a number."""
+    gaps = [abs(a - b) / abs(b) for a, b in zip(one[:10], other[:10], strict=True)]
+    return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
 
 
 def compare(work: Work, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:

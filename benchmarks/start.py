@@ -28,7 +28,8 @@ def posttrain(model: str) -> dict[str, float]:
     from posttrain import train
 
     shutil.rmtree(HOME / "start-posttrain", ignore_errors=True)
-    made = train(HOME, "start-posttrain", model=model, objective="sft", data=str(ROWS), steps=1, batch={"rows": 8})
+    data = {"sources": str(ROWS), "format": "prompt_completion"}
+    made = train(HOME, "start-posttrain", model=model, objective="sft", data=data, steps=1, batch={"rows": 8})
     line = json.loads((made.parent / "metrics.jsonl").read_text().splitlines()[0])
     return {"first": line["time"]["at"] - line["time"]["seconds"] - BEGAN}
 
