@@ -1,13 +1,12 @@
 """A whole step of GRPO: 4 prompts x 8 samples x at most 128 tokens, one update. Every sample has an advantage."""
 
 import shutil
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.machine import peak_megabytes
 from benchmarks.models import HOME, PROBLEMS, SEED, model_folder
-from benchmarks.sft import BEGAN, RATE, metrics
+from benchmarks.sft import BEGAN, RATE, clock, metrics
 from posttrain.tasks.grader import Grader
 from posttrain.text import Grade, Problem
 
@@ -49,7 +48,7 @@ def posttrain(shape: str, steps: int, dtype: str = "float32", **changes: Any) ->
     }
 
 
-def trainer(shape: str, steps: int, clock: Any = None, **options: Any) -> tuple[Any, list[int]]:
+def trainer(shape: str, steps: int, watch: Any = None, **options: Any) -> tuple[Any, list[int]]:
     """TRL's `GRPOTrainer` on the same problems, and the list to which it appends the tokens of each rollout."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,7 +73,7 @@ def trainer(shape: str, steps: int, clock: Any = None, **options: Any) -> tuple[
     )  # fmt: skip
     made = GRPOTrainer(
         AutoModelForCausalLM.from_pretrained(model_folder(shape), dtype="float32"), reward, args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": chat} for chat in chats]), callbacks=[clock] if clock else None,
+        train_dataset=Dataset.from_list([{"prompt": chat} for chat in chats]), callbacks=[watch] if watch else None,
         processing_class=AutoTokenizer.from_pretrained(model_folder(shape)),
     )  # fmt: skip
     return made, tokens
@@ -82,21 +81,10 @@ def trainer(shape: str, steps: int, clock: Any = None, **options: Any) -> tuple[
 
 def trl(shape: str, steps: int, **options: Any) -> dict[str, Any]:
     """`options` go to `GRPOConfig`, whose defaults are bf16 and gradient checkpointing."""
-    from transformers import TrainerCallback
-
-    times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            times.append(time.time())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.time())
-
-    made, tokens = trainer(shape, steps, Clock(), **options)
+    watch = clock()
+    made, tokens = trainer(shape, steps, watch, **options)
     made.train()
-    seconds = [end - begin for begin, end in zip(times[::2], times[1::2], strict=True)]
-    return {"first": times[0] - BEGAN, "seconds": seconds, "tokens": tokens, "peak": peak_megabytes()}
+    return {"first": watch.times[0] - BEGAN, "seconds": watch.seconds(), "tokens": tokens, "peak": peak_megabytes()}
 
 
 def agreement(shape: str) -> dict[str, float]:

@@ -42,28 +42,40 @@ def metrics(model: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (model.parent / "metrics.jsonl").read_text().splitlines()]
 
 
+def clock() -> Any:
+    """A callback for transformers' trainers that keeps when each step begins and ends, and its loss."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.losses: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.times.append(time.time())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.times.append(time.time())
+
+        def on_log(self, _arguments: Any, _state: Any, _control: Any, logs: dict[str, Any], **__: Any) -> None:
+            self.losses.extend([float(logs["loss"])] if "loss" in logs else [])
+
+        def seconds(self) -> list[float]:
+            return [end - begin for begin, end in zip(self.times[::2], self.times[1::2], strict=True)]
+
+    return Clock()
+
+
 def trl(shape: str, steps: int, **options: Any) -> dict[str, Any]:
     """`SFTTrainer` on the same tokens; `options` go to `SFTConfig`, whose defaults are bf16 and gradient checkpointing."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     model = AutoModelForCausalLM.from_pretrained(model_folder(shape), dtype="float32")
     rows = sft_rows(shape, steps)
     data = Dataset.from_list([{"input_ids": tokens, "completion_mask": [int(mark) for mark in train]} for tokens, train in rows])
-    times: list[float] = []
-    losses: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            times.append(time.time())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.time())
-
-        def on_log(self, _arguments: Any, _state: Any, _control: Any, logs: dict[str, Any], **__: Any) -> None:
-            losses.extend([float(logs["loss"])] if "loss" in logs else [])
-
+    watch = clock()
     arguments = SFTConfig(
         str(HOME / "sft-trl"), report_to="none", use_cpu=True, per_device_train_batch_size=ROWS, max_steps=steps,
         learning_rate=RATE, lr_scheduler_type="constant", logging_steps=1, logging_first_step=True, save_strategy="no",
@@ -71,14 +83,14 @@ def trl(shape: str, steps: int, **options: Any) -> dict[str, Any]:
         weight_decay=0.0, **options,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(model_folder(shape))
-    trainer = SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+    trainer = SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[watch])
     trainer.train()
     sizes = [len(tokens) for tokens, _ in rows]
     return {
-        "first": times[0] - BEGAN,
-        "seconds": [end - begin for begin, end in zip(times[::2], times[1::2], strict=True)],
+        "first": watch.times[0] - BEGAN,
+        "seconds": watch.seconds(),
         "tokens": [sum(sizes[step * ROWS : (step + 1) * ROWS]) for step in range(steps)],
-        "losses": losses,
+        "losses": watch.losses,
         "peak": peak_megabytes(),
     }
 
