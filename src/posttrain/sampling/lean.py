@@ -25,7 +25,7 @@ PARTS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj", "act_fn"),
 }
-NORMS = {"q_norm", "k_norm"}  # the only other parts that attention may have
+NORMS = ("q_norm", "k_norm")  # the only other parts that attention may have
 
 
 def build(lm: LM) -> "Step | None":
@@ -46,9 +46,9 @@ def build(lm: LM) -> "Step | None":
     return Step(lm)
 
 
-def _has(module: Any, parts: Sequence[str], more: set[str] = frozenset()) -> bool:  # type: ignore[assignment]
+def _has(module: Any, parts: Sequence[str], more: Sequence[str] = ()) -> bool:
     found = {name for name, _ in module.named_children()}
-    return set(parts) <= found <= set(parts) | more
+    return set(parts) <= found <= {*parts, *more}
 
 
 class Step:
