@@ -179,8 +179,8 @@ def test_sampling_follows_the_weights_as_they_are():
 # ---- one draw
 
 
-def one_position(seed=0):
-    return 1.5 * torch.randn(1, 40, generator=torch.Generator().manual_seed(seed))
+def one_position(seed=0, vocabulary=40):
+    return 1.5 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
 def chi_square(tokens, probability):
@@ -225,9 +225,11 @@ def truncated(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0):
     return found
 
 
+@pytest.mark.parametrize("vocabulary", [40, 128, 200])
 @pytest.mark.parametrize("settings", TRUNCATIONS, ids=str)
-def test_20000_draws_have_the_distribution_that_their_log_probs_say(settings):
-    logits, count = one_position(), 20_000
+def test_20000_draws_have_the_distribution_that_their_log_probs_say(settings, vocabulary):
+    """Within one block of the running sum, over two whole ones, and over four of which the last is not full."""
+    logits, count = one_position(vocabulary=vocabulary), 20_000
     uniform = torch.from_numpy(np.random.default_rng(1).random(count))
     tokens, logp = draw(logits.expand(count, -1), uniform, Sampling(**settings))
     probability = truncated(logits, **settings)

@@ -136,6 +136,13 @@ MUTANTS = [
         f"{SAMPLING}::test_the_log_probs_recorded_while_sampling_are_the_trainers[llama-0.7]",
     ),
     Mutant(
+        "a draw that forgets the blocks before its own",
+        "sampling/draw.py",
+        "_first_beyond(inside, wanted - before)",
+        "_first_beyond(inside, wanted)",
+        SAMPLING + "::test_20000_draws_have_the_distribution_that_their_log_probs_say[{}-128]",
+    ),
+    Mutant(
         "draws that depend on what else is in the batch",
         "sampling/engine.py",
         'draws.generator(self.seed, "sample", *request.address)',
