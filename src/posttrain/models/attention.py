@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from transformers import AttentionInterface, PreTrainedModel
 
 from posttrain.models.layout import Segment, Tree
+from posttrain.models.products import Linears, replaced, taken, wide
 
 NAME = "posttrain"
 BLOCK = 128  # tokens: FlexAttention decides what is seen in squares of this side
@@ -86,13 +87,14 @@ AttentionInterface.register(NAME, _attend)
 
 
 def recompute_context(model: PreTrainedModel) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
-    """For torch's checkpointing: the backward recomputes a layer under the plan that its forward had."""
+    """For torch's checkpointing: the backward recomputes a layer under the plan, and by the products, that its forward had."""
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        plan = _plan.get()
-        return nullcontext(), nullcontext() if plan is None else attending(model, plan)
+    @contextmanager
+    def again(plan: Plan | None, linears: Linears) -> Iterator[None]:
+        with nullcontext() if plan is None else attending(model, plan), replaced(linears):
+            yield
 
-    return contexts
+    return lambda: (nullcontext(), again(_plan.get(), taken()))
 
 
 Kernel = Literal["flash", "flex", "segments"]
@@ -223,15 +225,20 @@ def weighted(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scoring
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scoring.scale, enable_gqa=grouped)
     if grouped:
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-    scores = torch.matmul(query, key.transpose(2, 3)) * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    scores = scores.float().masked_fill(~allowed, float("-inf"))
-    if scoring.sinks is not None:
-        sink = scoring.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
-        scores = torch.cat([scores, sink], -1)
-    weights = scores.softmax(-1)[..., : key.shape[2]]
-    return torch.matmul(weights.to(value.dtype), value)
+    added = torch.zeros_like(allowed, dtype=wide(query).dtype).masked_fill_(~allowed, float("-inf"))
+    return torch.matmul(weights(torch.matmul(query, key.transpose(2, 3)), added, scoring).to(value.dtype), value)
+
+
+def weights(products: Tensor, added: Tensor, scoring: Scoring) -> Tensor:
+    """Attention weights [..., H, Q, S], float32 or wider, from products of queries and keys. added: 0, and -inf where unseen."""
+    if scoring.softcap is None:
+        scores = torch.add(added, wide(products), alpha=scoring.scale)
+    else:
+        scores = scoring.softcap * torch.tanh(wide(products) * (scoring.scale / scoring.softcap)) + added
+    if scoring.sinks is None:
+        return scores.softmax(-1)
+    sink = scoring.sinks.reshape(-1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
 
 class _TreeFlash(torch.autograd.Function):

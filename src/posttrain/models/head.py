@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from posttrain.models.products import add_product, product, wide
+
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits held at a time
 
 
@@ -34,11 +36,6 @@ class Shape:
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def rows_at_a_time(vocabulary: int, device: str) -> int:
@@ -80,7 +77,7 @@ class _LinearLogProb(torch.autograd.Function):
         for start in range(0, len(hidden), step):
             part = slice(start, min(start + step, len(hidden)))
             rows = wide(hidden[part])
-            logits = torch.addmm(wide_bias, rows, wide_matrix.t()) if wide_bias is not None else rows @ wide_matrix.t()
+            logits = product(rows, wide_matrix, wide_bias)
             shaped = shape(logits) / temperature if temperature != 1.0 else shape(logits)
             lse = shaped.logsumexp(-1, keepdim=True)
             logp[part] = (shaped.gather(1, target[part, None]) - lse)[:, 0]
@@ -111,7 +108,7 @@ class _LinearLogProb(torch.autograd.Function):
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
             rows = wide(hidden[part])
-            logits = torch.addmm(wide_bias, rows, wide_matrix.t()) if wide_bias is not None else rows @ wide_matrix.t()
+            logits = product(rows, wide_matrix, wide_bias)
             shaped = ctx.shape(logits) / ctx.temperature
             lse = shaped.logsumexp(-1, keepdim=True)
             sums.add(part, rows, _logit_grad(logits, shaped, lse, target[part], weight[part], ctx.shape, ctx.temperature))
@@ -151,9 +148,9 @@ class _Gradients:
 
     def add(self, part: slice, rows: Tensor, d_logits: Tensor) -> None:
         if self.d_hidden is not None:
-            self.d_hidden[part] = (d_logits @ self.matrix).to(self.d_hidden.dtype)
+            self.d_hidden[part] = product(d_logits, self.matrix.t()).to(self.d_hidden.dtype)
         if self.d_matrix is not None:
-            self.d_matrix.addmm_(d_logits.t(), rows)
+            add_product(self.d_matrix, d_logits, rows)
         if self.d_bias is not None:
             self.d_bias += d_logits.sum(0)
 

@@ -5,7 +5,7 @@ states and the tokens that they predict exists in `layout.predictors` and nowher
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Literal, overload
 
 import torch
@@ -17,6 +17,7 @@ from posttrain.batch import Sequences
 from posttrain.models import head as vocabulary
 from posttrain.models import layout
 from posttrain.models.attention import TreePlan, attending
+from posttrain.models.products import linear, of_layers, replaced, wide
 
 LayoutName = Literal["tree", "padded"]
 
@@ -52,12 +53,13 @@ class LM(nn.Module):
         """The longest sequence that the model was made for; None where there is no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def precision(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.mixed else nullcontext()
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """What the model's modules compute in: bfloat16 where it is mixed; where it is not, by the faster products."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.mixed else replaced(of_layers(self.backbone))
 
     def states(self, tree: layout.Tree, plan: TreePlan) -> Float[Tensor, "T D"]:
         """The last hidden state of every token of a tree. `plan` is what attention follows."""
-        with attending(self.model, plan), self.precision():
+        with attending(self.model, plan), self.arithmetic():
             return self.backbone(
                 input_ids=tree.tokens[None].to(self.device), position_ids=tree.positions[None].to(self.device), use_cache=False
             ).last_hidden_state[0]
@@ -65,7 +67,7 @@ class LM(nn.Module):
     def _hidden(self, seqs: tuple[Sequences, ...]) -> list[Float[Tensor, "N D"]]:
         if self.layout == "padded" and any(each.count > 0 for each in seqs):
             plain = layout.padded(seqs)
-            with self.precision():
+            with self.arithmetic():
                 states = self.backbone(
                     input_ids=plain.tokens.to(self.device), attention_mask=plain.valid.long().to(self.device), use_cache=False
                 ).last_hidden_state
@@ -145,10 +147,10 @@ class LM(nn.Module):
         head = self.head
         with torch.autocast(self.device.type, enabled=False):
             if vocabulary.is_plain(head):
-                bias = None if head.bias is None else vocabulary.wide(head.bias)  # type: ignore[arg-type]
-                logits = nn.functional.linear(vocabulary.wide(hidden), vocabulary.wide(head.weight), bias)  # type: ignore[arg-type]
+                bias = None if head.bias is None else wide(head.bias)  # type: ignore[arg-type]
+                logits = linear(wide(hidden), wide(head.weight), bias)  # type: ignore[arg-type]
             else:
-                logits = vocabulary.wide(head(hidden.to(next(head.parameters()).dtype)))
+                logits = wide(head(hidden.to(next(head.parameters()).dtype)))
         return self.shape(logits)
 
 

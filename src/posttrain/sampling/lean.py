@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from posttrain.models.attention import Scoring
 from posttrain.models.head import is_plain
 from posttrain.models.lm import LM
+from posttrain.models.products import linear, repeated
 
 Attend = Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]
-Products = Callable[[Tensor], Sequence[Tensor]]
+Product = Callable[[Tensor], Tensor]
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 PARTS = {
     "": ("embed_tokens", "layers", "norm", "rotary_emb"),
@@ -79,28 +80,33 @@ class _Layer:
         self.gate_up = products([mlp.gate_proj, mlp.up_proj], half)
         self.down = products([mlp.down_proj], half)
         self.act, self.size = mlp.act_fn, attention.head_dim
+        self.heads = [each.out_features // self.size for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.scoring = Scoring(float(attention.scaling))
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        query, key, value = (each.unflatten(-1, (-1, self.size)) for each in self.qkv(_normed(self.before, hidden)))
+        of_queries, of_keys, of_values = self.heads
+        heads = self.qkv(_normed(self.before, hidden)).to(cos.dtype).unflatten(-1, (-1, self.size))
+        both, value = heads.split([of_queries + of_keys, of_values], 1)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        seen = attend(_turned(query, cos, sin), _turned(key, cos, sin), value, self.scoring).flatten(1)
-        hidden = hidden + self.out(seen)[0]
-        gate, up = self.gate_up(_normed(self.between, hidden))
-        return hidden + self.down(self.act(gate) * up)[0]
+            query, key = both.split([of_queries, of_keys], 1)
+            both = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
+        query, key = _turned(both, cos, sin).split([of_queries, of_keys], 1)
+        hidden = hidden + self.out(attend(query, key, value, self.scoring).flatten(1))
+        gate, up = self.gate_up(_normed(self.between, hidden)).chunk(2, -1)
+        return hidden + self.down(self.act(gate) * up)
 
 
-def products(linears: Sequence[nn.Linear], half: bool) -> Products:
-    """What some linear layers make of one input; in bfloat16 as one product of their weights, copied together."""
+def products(linears: Sequence[nn.Linear], half: bool) -> Product:
+    """What some linear layers make of one input, side by side; in bfloat16 as one product of their weights, copied together."""
     if not half:
-        return lambda tensor: [F.linear(tensor, each.weight, each.bias) for each in linears]
+        if len(linears) == 1:
+            return lambda tensor: linear(tensor, linears[0].weight, linears[0].bias)
+        return lambda tensor: torch.cat([linear(tensor, each.weight, each.bias) for each in linears], -1)
     weight = torch.cat([each.weight.detach().bfloat16() for each in linears])
     biases = [each.bias for each in linears]
     bias = None if biases[0] is None else torch.cat([each.detach().bfloat16() for each in biases])
-    sizes = [each.out_features for each in linears]
-    return lambda tensor: F.linear(tensor.bfloat16(), weight, bias).split(sizes, -1)
+    return repeated(weight, bias)
 
 
 def _normed(norm: Any, hidden: Tensor) -> Tensor:
