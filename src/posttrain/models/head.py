@@ -79,13 +79,12 @@ class _LinearLogProb(torch.autograd.Function):
             rows = wide(hidden[part])
             logits = product(rows, wide_matrix, wide_bias)
             shaped = shape(logits) / temperature if temperature != 1.0 else shape(logits)
-            lse = shaped.logsumexp(-1, keepdim=True)
-            logp[part] = (shaped.gather(1, target[part, None]) - lse)[:, 0]
+            logp[part], powers, total_power = _log_softmax(shaped, target[part])
             if fn is not None:
                 value, slope = _with_slope(fn, logp[part], part)
                 total += value
                 if sums is not None:
-                    sums.add(part, rows, _logit_grad(logits, shaped, lse, target[part], slope, shape, temperature))
+                    sums.add(part, rows, _logit_grad(logits, powers, total_power, target[part], slope, shape, temperature))
         ctx.shape, ctx.temperature, ctx.matrix_dtype = shape, temperature, matrix.dtype
         if sums is not None:
             ctx.save_for_backward(*sums.found())
@@ -110,8 +109,9 @@ class _LinearLogProb(torch.autograd.Function):
             rows = wide(hidden[part])
             logits = product(rows, wide_matrix, wide_bias)
             shaped = ctx.shape(logits) / ctx.temperature
-            lse = shaped.logsumexp(-1, keepdim=True)
-            sums.add(part, rows, _logit_grad(logits, shaped, lse, target[part], weight[part], ctx.shape, ctx.temperature))
+            _, powers, total_power = _log_softmax(shaped, target[part])
+            grad = _logit_grad(logits, powers, total_power, target[part], weight[part], ctx.shape, ctx.temperature)
+            sums.add(part, rows, grad)
         return (*sums.found(), None, None, None, None)
 
 
@@ -124,12 +124,20 @@ def _with_slope(fn: TokenLoss, logp: Tensor, part: slice) -> tuple[Tensor, Tenso
     return value.detach(), slope
 
 
+def _log_softmax(shaped: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob of each row's target [n], exp(logit - largest) [n, V], its sum [n, 1]); the powers take the logits' place."""
+    picked, top = shaped.gather(1, target[:, None]), shaped.amax(-1, keepdim=True)
+    powers = shaped.sub_(top).exp_()
+    total = powers.sum(-1, keepdim=True)
+    return (picked - top - total.log())[:, 0], powers, total
+
+
 def _logit_grad(
-    logits: Tensor, shaped: Tensor, lse: Tensor, target: Tensor, weight: Tensor, shape: Shape, temperature: float
+    logits: Tensor, powers: Tensor, total: Tensor, target: Tensor, weight: Tensor, shape: Shape, temperature: float
 ) -> Tensor:
-    """The gradient of sum(weight * logp) with respect to the raw logits."""
-    weight = weight.to(shaped.dtype)[:, None]
-    grad = shaped.sub_(lse).exp_().mul_(-weight)  # in its place: it is not needed again
+    """The gradient of sum(weight * logp) with respect to the raw logits, in the place of the powers."""
+    weight = weight.to(powers.dtype)[:, None]
+    grad = powers.mul_(-weight / total)
     grad.scatter_add_(1, target[:, None], weight)
     if shape.cap is not None:
         grad.mul_(1 - (shape(logits) / shape.cap) ** 2)
