@@ -181,3 +181,32 @@ def test_training_and_evaluating_from_python(place, model, monkeypatch):
     report = evaluate(folder, problems, samples=4, sampling={"max_tokens": 16})
     assert report.figures["greedy"].value == 1.0
     assert report.figures["pass@1"].value > 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda p: p.train(model="m", objective="sftt", data="x.jsonl"), "posttrain.train: objective: unknown objective 'sftt'; did"),
+        (lambda p: p.train(model="m", objective="sft", data="x.jsonl", stepps=1), "posttrain.train: stepps: no such setting; did you"),
+        (lambda p: p.evaluate("m", "arithmetik"), "posttrain.evaluate: task: unknown task 'arithmetik'; did you mean 'arithmetic'?"),
+        (lambda p: p.evaluate("m", "arithmetic", sample=2), "posttrain.evaluate: evaluation.sample: no such setting; did you mean"),
+    ],
+)
+def test_the_python_functions_say_what_is_wrong_as_the_command_line_does(call, said):
+    import posttrain
+    from posttrain.errors import RecipeError
+
+    with pytest.raises(RecipeError) as error:
+        call(posttrain)
+    assert str(error.value).startswith(said)
+
+
+def test_data_may_be_no_more_than_a_file():
+    from posttrain.pipeline.recipe import Recipe
+
+    plain, whole = (
+        Recipe.parse(f"model: m\nobjective: sft\ndata: {data}\nepochs: 1\n").stages["train"].data
+        for data in ("rows.jsonl", "{sources: [{kind: file, path: rows.jsonl}]}")
+    )
+    assert plain == whole
+    assert Recipe.parse("model: m\nobjective: sft\ndata: [a.jsonl, b.jsonl]\nepochs: 1\n").stages["train"].data.sources[1].path == "b.jsonl"

@@ -3,9 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.pipeline.recipe import Recipe
+from posttrain import yaml
+from posttrain.component import Settings
+from posttrain.evaluation import Evaluation
+from posttrain.pipeline.recipe import Recipe, built
 from posttrain.pipeline.run import Listener, Result
 from posttrain.pipeline.run import run as run_recipe
+from posttrain.tasks import Task
 
 if TYPE_CHECKING:
     from posttrain.evaluation import Report
@@ -29,9 +33,9 @@ def run(recipe: Recipe | str | Path, *overrides: str, root: str | Path = "runs",
 def train(root: str | Path = "runs", name: str = "train", **settings: Any) -> Path:
     """Trains with the settings of one stage, given as plain values (`model="...", objective="sft", data={...}, epochs=3`).
 
-    Returns the folder of the trained model.
+    Returns the folder of the trained model. Raises InputError for wrong settings or data, RunError for a run that fails.
     """
-    recipe = Recipe.model_validate({"name": name, "seed": settings.pop("seed", 0), "stages": {"train": settings}})
+    recipe = Recipe.of(yaml.Document({"name": name, **settings}, "posttrain.train"), (), name)
     return run_recipe(recipe, root).model("train")
 
 
@@ -42,13 +46,22 @@ def load(model: str | Path) -> "Loaded":
     return load_model(model)
 
 
+class Asked(Settings):
+    """What `evaluate` is asked for."""
+
+    task: Task
+    evaluation: Evaluation = Evaluation()
+
+
 def evaluate(model: "str | Path | Loaded", task: Any, seed: int = 0, **evaluation: Any) -> "Report":
-    """Answers a task's problems (`task="arithmetic"` or a mapping as in a recipe); `.figures` have 95% intervals."""
+    """Answers a task's problems (`task="arithmetic"` or a mapping as in a recipe); `.figures` have 95% intervals.
+
+    Raises InputError for wrong settings.
+    """
+    asked = built(Asked, {"task": task, "evaluation": evaluation}, yaml.Document({}, "posttrain.evaluate"))
+
     from posttrain.data.render import Template
-    from posttrain.evaluation import Evaluation
     from posttrain.evaluation import evaluate as evaluate_policy
-    from posttrain.tasks import Task
 
     loaded = load(model) if isinstance(model, str | Path) else model
-    plan = Evaluation.model_validate(evaluation)
-    return evaluate_policy(loaded.lm, Template(loaded.tokenizer), Task.model_validate(task), plan, seed)
+    return evaluate_policy(loaded.lm, Template(loaded.tokenizer), asked.task, asked.evaluation, seed)

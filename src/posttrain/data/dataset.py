@@ -140,7 +140,7 @@ def _as_list(value: Any) -> Any:
 
 
 class Data(Settings):
-    """What a stage learns from."""
+    """What a stage learns from. A plain string, or a list, is its sources."""
 
     sources: Annotated[list[SerializeAsAny[Source]], BeforeValidator(_as_list), Field(min_length=1)]
     """Files, hub data sets or inline rows; several are mixed by their weights. One alone needs no list."""
@@ -152,6 +152,11 @@ class Data(Settings):
     """What happens to a longer row: left out whole and counted, or refused."""
     learn: Literal["all", "last"] = "all"
     """Which assistant messages of a conversation are trained."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_sources(cls, value: Any) -> Any:
+        return {"sources": value} if isinstance(value, str | list) else value
 
     @model_validator(mode="after")
     def _weighs_all_or_none(self) -> Self:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -101,11 +101,7 @@ class Recipe(Settings):
             kind = stage.get("kind", "train")
             kind = kind if isinstance(kind, str) and kind.isidentifier() else "train"
             value = {**{key: each for key, each in value.items() if key in GLOBAL}, "stages": {kind: stage}}
-        try:
-            recipe = cls.model_validate(value)
-        except ValidationError as error:
-            lines = [explain(each, document, value, single, cls) for each in error.errors(include_url=False)]
-            raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+        recipe = built(cls, value, document, single)
         return recipe if recipe.name else recipe.model_copy(update={"name": name})
 
     def check(self) -> None:
@@ -115,6 +111,18 @@ class Recipe(Settings):
                 stage.check()
             except InputError as error:
                 raise type(error)(f"stage {name}: {error}") from None
+
+
+Section = TypeVar("Section", bound=Settings)
+
+
+def built(section: type[Section], value: dict[str, Any], document: yaml.Document, single: bool = False) -> Section:
+    """A section from plain values. Raises RecipeError with a line for everything that is wrong."""
+    try:
+        return section.model_validate(value)
+    except ValidationError as error:
+        lines = [explain(each, document, value, single, section) for each in error.errors(include_url=False)]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
 
 
 def explain(error: ErrorDetails, document: yaml.Document, value: dict[str, Any], single: bool, root: type[Settings]) -> str:
