@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY, make
+from tiny_models import TREE, VOCABULARY, make
 
 from posttrain.batch import Sequences
+from posttrain.sampling import decoder
+from posttrain.sampling.cache import Stems
 from posttrain.sampling.draw import draw
 from posttrain.sampling.engine import Engine, Request
 from posttrain.sampling.settings import Sampling
@@ -52,6 +54,48 @@ def test_the_same_seed_gives_the_same_draws_alone_in_a_batch_in_any_order_and_wi
     assert spoken(completed(lm, asked, sampling, rows=7)) == together
     for request in asked[::8]:
         assert spoken(completed(lm, [request], sampling)) == {request.address: together[request.address]}
+
+
+@pytest.mark.parametrize("rows", [256, 7])
+@pytest.mark.parametrize("name", TREE)
+def test_a_prompt_that_is_kept_once_for_all_its_rows_gives_what_copies_of_it_give(name, rows, monkeypatch):
+    """Windows are 8 tokens, prompts up to 23; with 7 rows at a time prompts come and go, and most groups are cut."""
+    lm, asked, sampling = make(name), requests(40), Sampling(max_tokens=12)
+    asked += [Request(prompt(100 + index), ("alone", index)) for index in range(6)]
+    found, used, real = [], [], Stems.together
+    monkeypatch.setattr(Stems, "together", lambda stems, tensor: used.append(stems.count) or real(stems, tensor))
+    for shared in (0, 10**9):
+        monkeypatch.setattr(decoder, "SHARED", shared)
+        found.append(completed(lm, asked, sampling, rows))
+        if shared == 0:
+            assert max(used) == 10 if rows == 256 else {1, 2} <= set(used)
+            used.clear()
+    assert not used
+    assert spoken(found[0]) == spoken(found[1])
+    for one in found[0].values():
+        assert one.logp == pytest.approx(found[1][one.request.address].logp, abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_shared_prompt_is_forgotten_when_its_last_row_has_left(monkeypatch):
+    monkeypatch.setattr(decoder, "SHARED", 0)
+    lm = make("llama")
+    grown = decoder.CachedDecoder(lm)
+    grown.admit([prompt(1, 9), prompt(2, 20), prompt(3, 5)], [2, 3, 1], 8)
+    assert grown.stems.lengths == [9, 20]
+    assert len(grown.prompts[0].values) == 2
+    grown.drop([0, 2])
+    assert grown.stems.lengths == [9, 20]
+    grown.drop([1])
+    assert grown.stems.lengths == [20]
+    assert len(grown.prompts[0].values) == 1
+    grown.admit([prompt(4, 30)], [2], 8)
+    logits = grown.advance(torch.tensor([5] * 5))
+    rows = [prompt(3, 5), prompt(2, 20), prompt(2, 20), prompt(4, 30), prompt(4, 30)]
+    order = sorted(range(5), key=lambda row: grown.lengths[row].item())
+    for place, row in zip(order, rows, strict=True):
+        marked = Sequences.of([([*row, 5, 0], [False] * (len(row) + 1) + [True])])
+        torch.testing.assert_close(logits[place], lm.project(lm.hidden(marked))[0], rtol=1e-4, atol=1e-4)
 
 
 def test_at_least_99_of_100_samples_are_the_same_under_another_batching():

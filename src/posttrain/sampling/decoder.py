@@ -17,8 +17,9 @@ from posttrain.models.attention import Scoring, TreePlan, attending, weights
 from posttrain.models.lm import LM
 from posttrain.models.products import Linears, repeated, replaced, wide
 from posttrain.sampling import lean
+from posttrain.sampling.cache import Stems, Store
 
-ROOM = 64  # caches grow in steps of this many tokens
+SHARED = 4096  # tokens that a step need not read again, from which on shared prompts are worth keeping apart
 
 
 class Decoder(Protocol):
@@ -52,22 +53,25 @@ class _Prefill(TreePlan):
 
 
 class _Step:
-    """Attention of one new token per row over the row's own cache."""
+    """Attention of one new token per row, over the row's own tokens and over its stem, which is read once for all its rows."""
 
-    def __init__(self, cache: "list[_Cache]", lengths: Tensor) -> None:
-        self.cache, self.lengths = cache, lengths
-        self.reach = int(lengths.max()) + 1
+    def __init__(self, own: list[Store], prompts: list[Store], stems: Stems, lengths: Tensor) -> None:
+        self.own, self.prompts, self.stems, self.lengths = own, prompts, stems, lengths
+        self.own_lengths = lengths - stems.shared
+        self.reach = int(self.own_lengths.max()) + 1
         self.layer = 0
         self.masks: dict[int | None, Tensor] = {}
 
     def mask(self, window: int | None) -> Tensor:
-        """[A, 1, 1, reach]: 0 for the cached tokens that each row sees, its new one included; -inf for the others."""
+        """[A, 1, 1, stem's tokens + own]: 0 for the cached tokens that a row sees, its new one included; -inf for the others."""
         if window not in self.masks:
-            place = torch.arange(self.reach, device=self.lengths.device)[None]
-            unseen = place > self.lengths[:, None]
+            shared, last = self.stems.shared[:, None], self.lengths[:, None]
+            stem = torch.arange(self.stems.reach, device=self.lengths.device)[None].expand(len(last), -1)
+            own = shared + torch.arange(self.reach, device=self.lengths.device)[None]
+            unseen = torch.cat([stem >= shared, own > last], 1)
             if window is not None:
-                unseen |= place <= self.lengths[:, None] - window
-            added = torch.zeros_like(unseen, dtype=wide(self.cache[0].keys).dtype).masked_fill_(unseen, float("-inf"))
+                unseen |= torch.cat([stem, own], 1) <= last - window
+            added = torch.zeros_like(unseen, dtype=wide(self.own[0].keys).dtype).masked_fill_(unseen, float("-inf"))
             self.masks[window] = added[:, None, None]
         return self.masks[window]
 
@@ -77,68 +81,30 @@ class _Step:
 
     def of_rows(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """query [A, H, D], key and value [A, K, D] of each row's new token -> [A, H, D]"""
-        cache = self.cache[self.layer]
+        own, stems = self.own[self.layer], self.stems
+        own.append(key, value, self.own_lengths)
+        keys, values = own.seen(len(self.lengths), self.reach)
+        stem_keys, stem_values = self.prompts[self.layer].seen(stems.count, stems.reach)
         self.layer += 1
-        cache.append(key, value, self.lengths)
-        keys, values = cache.seen(len(self.lengths), self.reach)
         with torch.autocast(query.device.type, enabled=False):
             grouped = query.to(keys.dtype).unflatten(1, (keys.shape[1], -1))  # the queries that share a key head stand together
-            scores = torch.matmul(grouped, keys).flatten(1, 2)[:, :, None]  # [A, H, 1, reach]
-            weight = weights(scores, self.mask(scoring.window), scoring).to(values.dtype)
-            return torch.matmul(weight.reshape(*grouped.shape[:3], -1), values).flatten(1, 2).to(value.dtype)
-
-
-class _Cache:
-    """A layer's keys and values, in the order in which the products of one token read them: short rows, one after the other.
-
-    keys [rows, K, D, length] and values [rows, K, length, D]: products of a few queries take 0.6 of fused attention's time on a
-    CPU. Float32 there, where attention is float32.
-    """
-
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        """Empty, for keys and values as `key` and `value` [K, tokens, D]."""
-        dtype = value.dtype if value.device.type != "cpu" else wide(value).dtype
-        self.keys = key.new_zeros(0, key.shape[0], key.shape[2], 0, dtype=dtype)
-        self.values = value.new_zeros(0, value.shape[0], 0, value.shape[2], dtype=dtype)
-
-    @property
-    def room(self) -> tuple[int, int]:
-        """Rows and tokens."""
-        return len(self.values), self.values.shape[2]
-
-    def grow(self, rows: int, length: int) -> None:
-        """Room for so many rows of so many tokens; what is there is kept."""
-        had, reach = self.room
-        keys, values = self.keys, self.values
-        self.keys = keys.new_zeros(rows, *keys.shape[1:3], length)
-        self.values = values.new_zeros(rows, values.shape[1], length, values.shape[3])
-        self.keys[:had, ..., :reach] = keys
-        self.values[:had, :, :reach] = values
-
-    def fill(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """The first tokens of rows, the same for each: key and value [K, tokens, D]."""
-        self.keys[rows, ..., : key.shape[1]] = key.transpose(1, 2)
-        self.values[rows, :, : value.shape[1]] = value
-
-    def append(self, key: Tensor, value: Tensor, lengths: Tensor) -> None:
-        """One token [A, K, D] to each of the first A rows, at its length."""
-        at, rows = lengths[:, None, None, None], len(lengths)
-        key, value = key.to(self.keys.dtype)[..., None], value.to(self.values.dtype)[:, :, None]
-        self.keys[:rows].scatter_(3, at.expand_as(key), key)
-        self.values[:rows].scatter_(2, at.expand_as(value), value)
-
-    def seen(self, rows: int, reach: int) -> tuple[Tensor, Tensor]:
-        return self.keys[:rows, ..., :reach], self.values[:rows, :, :reach]
-
-    def move(self, to: Tensor, source: Tensor, reach: int) -> None:
-        self.keys[to, ..., :reach] = self.keys[source, ..., :reach]
-        self.values[to, :, :reach] = self.values[source, :, :reach]
+            scores = torch.matmul(grouped, keys)
+            if stems.count:
+                scores = torch.cat([stems.apart(torch.matmul(stems.together(grouped), stem_keys)), scores], -1)
+            weight = weights(scores.flatten(1, 2)[:, :, None], self.mask(scoring.window), scoring).to(values.dtype)
+            of_stem, of_own = weight.reshape(scores.shape).split([stems.reach, self.reach], -1)
+            out = torch.matmul(of_own, values)
+            if stems.count:
+                out += stems.apart(torch.matmul(stems.together(of_stem), stem_values))
+            return out.flatten(1, 2).to(value.dtype)
 
 
 class CachedDecoder:
     def __init__(self, lm: LM) -> None:
         self.lm = lm
-        self.cache: list[_Cache] = []
+        self.own: list[Store] = []  # of each layer: the tokens that are a row's own
+        self.prompts: list[Store] = []  # and those of prompts that several rows continue
+        self.stems = Stems(lm.device)
         self.lengths = torch.zeros(0, dtype=torch.long, device=lm.device)
         self.step = lean.build(lm)
         self.checked = False
@@ -149,33 +115,40 @@ class CachedDecoder:
         plan = _Prefill(tree)
         with replaced(self.linears):
             states = self.lm.states(tree, plan)
-        first, rows = len(self.lengths), sum(copies)
-        longest = max(len(prompt) for prompt in prompts)
-        self.cache = self.cache or [_Cache(key, value) for key, value in plan.kept]
-        self._reserve(first + rows, longest + budget)
+        if not self.own:
+            self.own, self.prompts = ([Store(key, value) for key, value in plan.kept] for _ in range(2))
         paths = [torch.from_numpy(path).to(self.lm.device) for path in tree.paths]
-        for cache, (key, value) in zip(self.cache, plan.kept, strict=True):
-            row = first
-            for path, count in zip(paths, copies, strict=True):
-                cache.fill(slice(row, row + count), key[:, path], value[:, path])
-                row += count
+        places: list[tuple[list[Store], int, Tensor]] = []  # where each prompt goes
+        share = sum((count - 1) * len(path) for path, count in zip(paths, copies, strict=True)) >= SHARED
+        for path, count in zip(paths, copies, strict=True):
+            if share and count > 1:
+                places.append((self.prompts, self.stems.count, path))
+                self.stems.of_row += [self.stems.count] * count
+                self.stems.lengths.append(len(path))
+            else:
+                places += [(self.own, len(self.stems.of_row) + index, path) for index in range(count)]
+                self.stems.of_row += [-1] * count
+        self.stems.arrange()
+        alone = max((len(path) for stores, _, path in places if stores is self.own), default=0)
+        for layer, (key, value) in enumerate(plan.kept):
+            self.own[layer].reserve(len(self.stems.of_row), alone + budget)
+            self.prompts[layer].reserve(self.stems.count, self.stems.reach)
+            for stores, row, path in places:
+                stores[layer].fill(row, key[:, path], value[:, path])
         repeats = torch.tensor(list(copies), device=self.lm.device)
         sizes = torch.tensor([len(prompt) for prompt in prompts], device=self.lm.device)
         self.lengths = torch.cat([self.lengths, sizes.repeat_interleave(repeats)])
         last = torch.stack([path[-1] for path in paths])
         return self.lm.project(states[last]).repeat_interleave(repeats, 0)
 
-    def _reserve(self, rows: int, length: int) -> None:
-        have_rows, have_length = self.cache[0].room
-        if have_rows < rows or have_length < length:
-            for cache in self.cache:
-                cache.grow(max(rows, have_rows), max(-(-length // ROOM) * ROOM, have_length))
+    def _attention(self) -> _Step:
+        return _Step(self.own, self.prompts, self.stems, self.lengths)
 
     def advance(self, tokens: Tensor) -> Tensor:
         if self.step is None:
             states = self._by_model(tokens)
         else:
-            states = self.step(tokens, self.lengths, _Step(self.cache, self.lengths).of_rows)
+            states = self.step(tokens, self.lengths, self._attention().of_rows)
             if not self.checked:
                 expected = self._by_model(tokens)
                 self.checked = True
@@ -186,7 +159,7 @@ class CachedDecoder:
 
     def _by_model(self, tokens: Tensor) -> Tensor:
         """The states of one new token per row, by the model's own modules."""
-        with attending(self.lm.model, _Step(self.cache, self.lengths)), self.lm.arithmetic(), replaced(self.linears):
+        with attending(self.lm.model, self._attention()), self.lm.arithmetic(), replaced(self.linears):
             found = self.lm.backbone(input_ids=tokens[None], position_ids=self.lengths[None], use_cache=False)
         return found.last_hidden_state[0]
 
@@ -195,9 +168,12 @@ class CachedDecoder:
         moved = [(to, source) for to, source in enumerate(order) if to != source]
         if moved:
             to, source = (torch.tensor(each, device=self.lm.device) for each in zip(*moved, strict=True))
-            reach = int(self.lengths.max())
-            for cache in self.cache:
-                cache.move(to, source, reach)
+            reach = int((self.lengths - self.stems.shared).max())
+            for store in self.own:
+                store.move(to, source, reach)
+        if (living := self.stems.reorder(order)) is not None:
+            for store in self.prompts:
+                store.keep(torch.tensor(living, dtype=torch.long, device=self.lm.device))
         self.lengths = self.lengths[torch.tensor(order, dtype=torch.long, device=self.lm.device)]
 
 
