@@ -189,7 +189,7 @@ def test_training_and_evaluating_from_python(place, model, monkeypatch):
         (lambda p: p.train(model="m", objective="sftt", data="x.jsonl"), "posttrain.train: objective: unknown objective 'sftt'; did"),
         (lambda p: p.train(model="m", objective="sft", data="x.jsonl", stepps=1), "posttrain.train: stepps: no such setting; did you"),
         (lambda p: p.evaluate("m", "arithmetik"), "posttrain.evaluate: task: unknown task 'arithmetik'; did you mean 'arithmetic'?"),
-        (lambda p: p.evaluate("m", "arithmetic", sample=2), "posttrain.evaluate: evaluation.sample: no such setting; did you mean"),
+        (lambda p: p.evaluate("m", "arithmetic", sample=2), "posttrain.evaluate: sample: no such setting; did you mean"),
     ],
 )
 def test_the_python_functions_say_what_is_wrong_as_the_command_line_does(call, said):
@@ -202,8 +202,12 @@ def test_the_python_functions_say_what_is_wrong_as_the_command_line_does(call, s
 
 
 def test_data_may_be_no_more_than_a_file():
+    from pathlib import Path
+
+    from posttrain.data.dataset import Data
     from posttrain.pipeline.recipe import Recipe
 
+    assert Data.model_validate(Path("rows.jsonl")) == Data.model_validate("rows.jsonl")
     plain, whole = (
         Recipe.parse(f"model: m\nobjective: sft\ndata: {data}\nepochs: 1\n").stages["train"].data
         for data in ("rows.jsonl", "{sources: [{kind: file, path: rows.jsonl}]}")

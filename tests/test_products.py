@@ -12,13 +12,14 @@ from posttrain.models.load import wrap
 from posttrain.models.source import ModelSource
 from posttrain.tuners import LoRA
 
-pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="needs a CPU with AVX-512")
 ROWS = Sequences.of([([3, 5, 7, *range(20, 20 + size)], [False] * 3 + [True] * size) for size in (9, 30, 17)])
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """Every product is asked of oneDNN, however small; the (rows, matrix) of each."""
+    if not products._has_onednn():
+        pytest.skip("needs a CPU with AVX-512")
     real, seen = torch.ops.mkldnn._linear_pointwise, []
 
     def spy(rows, matrix, *more):
@@ -86,7 +87,7 @@ def test_a_linear_layer_has_the_gradients_of_torchs_own(asked, frozen):
 
 
 def test_small_products_other_types_and_other_machines_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None, raising=False)
     monkeypatch.setattr(products, "by_onednn", lambda: True)
     close(products.linear(random(4, 8), random(5, 8)), random(4, 8) @ random(5, 8).t())
     monkeypatch.setattr(products, "SMALLEST", 1)
@@ -164,3 +165,28 @@ def test_modules_are_themselves_again_afterwards_even_when_it_failed():
         linear(torch.ones(2))
     assert linear(torch.ones(2)).shape == (2,)
     assert not products.taken()
+
+
+def test_a_forward_that_someone_gave_a_module_is_neither_replaced_nor_lost(asked):
+    mine, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    mine.forward = torch.zeros_like
+    both = nn.ModuleList([mine, other])
+    assert [module for module, _ in products.of_layers(both)] == [other]
+    with products.replaced([(mine, torch.ones_like)]):
+        assert mine(torch.zeros(2)).tolist() == [1, 1]
+    assert mine(torch.ones(2)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("frozen", ["weight", "tensor"])
+def test_a_layer_keeps_for_the_backward_no_more_than_it_reads(asked, frozen):
+    tensor, weight = random(20, 48).requires_grad_(frozen != "tensor"), random(33, 48).requires_grad_(frozen != "weight")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each.shape) or each, lambda each: each):
+        products.linear(tensor, weight)
+    assert kept == [weight.shape if frozen == "weight" else tensor.shape]
+
+
+def test_models_of_other_types_keep_their_own_products(asked):
+    for dtype in ("float64", "bfloat16"):
+        assert not products.of_layers(make("llama", dtype).backbone)
+    assert len(products.of_layers(make("llama").backbone)) == 14

@@ -60,7 +60,10 @@ def refusal(text: str, *overrides: str) -> str:
         ("stages: {a: {kind: evaluate, model: m}}\n", "stages.a.task: is missing"),
         ("stages: {a: {kind: evaluat}}\n", "unknown stage 'evaluat'; did you mean 'evaluate'?"),
         (GRPO + "batch: {rows: 7}\n", "batch.rows: objective grpo is sized by `rollout`"),
-        (SFT + "validation: {task: arithmetic, evaluation: {samples: 0, greedy: false}}\n", "nothing is evaluated: set samples, greedy"),
+        (
+            SFT + "validation: {task: arithmetic, evaluation: {samples: 0, greedy: false}}\n",
+            "nothing is evaluated: set samples, greedy",
+        ),
         (
             "stages: {e: {kind: evaluate, model: m, task: arithmetic}, t: {kind: evaluate, model: {stage: e}, task: arithmetic}}\n",
             "stage 't' wants the model of stage 'e', but a stage of kind evaluate makes none",
@@ -96,10 +99,18 @@ def test_an_override_reaches_the_setting_and_its_fault_names_the_command_line():
 
 
 def test_an_override_below_a_plain_string_keeps_what_the_string_meant():
-    text = SFT.replace("{path: some/model}", "some/model").replace("{kind: inline, items: [{prompt: a, completion: b}]}", "f.jsonl")
+    text = SFT.replace("{path: some/model}", "some/model").replace(
+        "{kind: inline, items: [{prompt: a, completion: b}]}", "f.jsonl"
+    )
     stage = Recipe.parse(text, ["model.dtype=mixed", "data.sources.rows=0:5"]).stages["train"]
     assert (stage.model.path, stage.model.dtype) == ("some/model", "mixed")
     assert (stage.data.sources[0].path, stage.data.sources[0].rows) == ("f.jsonl", "0:5")
+    for data, below in (("f.jsonl", "sources.rows"), ("[f.jsonl, g.jsonl]", "sources.0.rows"), ("[f.jsonl, g.jsonl]", "0.rows")):
+        plain = f"model: some/model\nobjective: sft\nepochs: 1\ndata: {data}\n"
+        settings = [f"data.{below}=0:5", *([] if below == "0.rows" else ["data.max_tokens=512"])]
+        stage = Recipe.parse(plain, settings).stages["train"]
+        assert (stage.data.sources[0].path, stage.data.sources[0].rows) == ("f.jsonl", "0:5"), data
+        assert stage.data.max_tokens == (1024 if below == "0.rows" else 512)
 
 
 def test_a_held_out_loss_can_be_measured_beside_sampling(tmp_path):

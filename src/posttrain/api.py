@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain import yaml
-from posttrain.component import Settings
 from posttrain.evaluation import Evaluation
 from posttrain.pipeline.recipe import Recipe, built
 from posttrain.pipeline.run import Listener, Result
@@ -35,7 +34,8 @@ def train(root: str | Path = "runs", name: str = "train", **settings: Any) -> Pa
 
     Returns the folder of the trained model. Raises InputError for wrong settings or data, RunError for a run that fails.
     """
-    recipe = Recipe.of(yaml.Document({"name": name, **settings}, "posttrain.train"), (), name)
+    value = {"name": name, "seed": settings.pop("seed", 0), "stages": {"train": settings}}
+    recipe = built(Recipe, value, yaml.Document({}, "posttrain.train"), single=True)
     return run_recipe(recipe, root).model("train")
 
 
@@ -46,11 +46,10 @@ def load(model: str | Path) -> "Loaded":
     return load_model(model)
 
 
-class Asked(Settings):
+class Asked(Evaluation):
     """What `evaluate` is asked for."""
 
     task: Task
-    evaluation: Evaluation = Evaluation()
 
 
 def evaluate(model: "str | Path | Loaded", task: Any, seed: int = 0, **evaluation: Any) -> "Report":
@@ -58,10 +57,10 @@ def evaluate(model: "str | Path | Loaded", task: Any, seed: int = 0, **evaluatio
 
     Raises InputError for wrong settings.
     """
-    asked = built(Asked, {"task": task, "evaluation": evaluation}, yaml.Document({}, "posttrain.evaluate"))
+    asked = built(Asked, {"task": task, **evaluation}, yaml.Document({}, "posttrain.evaluate"))
 
     from posttrain.data.render import Template
     from posttrain.evaluation import evaluate as evaluate_policy
 
     loaded = load(model) if isinstance(model, str | Path) else model
-    return evaluate_policy(loaded.lm, Template(loaded.tokenizer), asked.task, asked.evaluation, seed)
+    return evaluate_policy(loaded.lm, Template(loaded.tokenizer), asked.task, asked, seed)

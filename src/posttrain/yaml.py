@@ -1,6 +1,7 @@
 """YAML with line numbers: recipe text and `key=value` overrides become one plain tree that remembers where each value stands."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from posttrain.errors import RecipeError
 
 Path_ = tuple[str | int, ...]
 TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")}
-PATHS = {"model", "kl_to", "source", "sources"}  # sections in which a plain string is a path
+SHORT = {"model": "path", "kl_to": "path", "source": "path", "sources": "path", "data": "sources"}  # what plain values there mean
 MAX_NODES = 100_000  # aliases are expanded; a bomb of aliases stops here
 
 
@@ -127,7 +128,7 @@ def override(document: Document, setting: str) -> None:
     path: Path_ = ()
     section: Any = document.value
     *parents, last = path_text.split(".")
-    for part in parents:
+    for part, below in pairwise([*parents, last]):
         step = int(part) if isinstance(section, list) and part.isdigit() else part
         path = (*path, step)
         if isinstance(section, dict) and part not in section:
@@ -135,7 +136,10 @@ def override(document: Document, setting: str) -> None:
             document.places[path] = place
         try:
             if isinstance(section[step], str):  # `objective: sft` is short for `{kind: sft}`, `model: x` for `{path: x}`
-                section[step] = {"path" if part in PATHS else "kind": section[step]}
+                listed = isinstance(step, int) and path[-2] in ("sources", "data")
+                section[step] = {"path" if listed else SHORT.get(part, "kind"): section[step]}
+            elif part == "data" and isinstance(section[step], list) and not below.isdigit():
+                section[step] = {"sources": section[step]}
             section = section[step]
         except (IndexError, KeyError, TypeError):
             raise RecipeError(f"{place}: {'.'.join(map(str, path))}: there is no such section") from None

@@ -156,6 +156,8 @@ class Data(Settings):
     @model_validator(mode="before")
     @classmethod
     def _from_sources(cls, value: Any) -> Any:
+        if isinstance(value, Path):
+            value = str(value)
         return {"sources": value} if isinstance(value, str | list) else value
 
     @model_validator(mode="after")

@@ -250,9 +250,8 @@ class _TreeFlash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float) -> Tensor:
         dtype, heads, repeat = value.dtype, query.shape[1], query.shape[1] // key.shape[1]
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         # bfloat16 flash builds kernels for every new length on a CPU: slower than float32
-        query, key, value = query.to(wide), key.to(wide), value.to(wide)
+        query, key, value = wide(query), wide(key), wide(value)
         keys, values = (x if repeat == 1 else x.repeat_interleave(repeat, 1) for x in (key, value))
         row = query.shape[2]
         out = query.new_empty(1, row, heads, query.shape[-1]).transpose(1, 2)

@@ -4,8 +4,8 @@ Every per-token tensor is indexed by the token it is about: `logp[i]` is log p(t
 states and the tokens that they predict exists in `layout.predictors` and nowhere else.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, overload
 
 import torch
@@ -53,9 +53,14 @@ class LM(nn.Module):
         """The longest sequence that the model was made for; None where there is no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def arithmetic(self) -> AbstractContextManager[object]:
-        """What the model's modules compute in: bfloat16 where it is mixed; where it is not, by the faster products."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.mixed else replaced(of_layers(self.backbone))
+    def precision(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed)
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """What the model's modules compute in, and by which products."""
+        with self.precision(), replaced([] if self.mixed else of_layers(self.backbone)):
+            yield
 
     def states(self, tree: layout.Tree, plan: TreePlan) -> Float[Tensor, "T D"]:
         """The last hidden state of every token of a tree. `plan` is what attention follows."""

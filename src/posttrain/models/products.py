@@ -1,7 +1,7 @@
 """Products of float32 matrices on a CPU, and the linear layers made of them.
 
 torch asks MKL for them, which gives an AMD processor with AVX-512 less than half of its speed (220 of 510 GFLOP/s on two cores);
-oneDNN, which torch carries for its compiler, gives it all. Elsewhere, and for other types, torch's own products are used.
+oneDNN, which torch carries for its compiler, gives it all. Elsewhere, and for small products, torch's own are used.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 SMALLEST = 1 << 22  # multiplications: below, a kernel of oneDNN (0.3 ms for each new shape) costs more than it saves
 FEW, BLOCK = 64, 4096  # rows: of a product too thin for the sum of two to pay; of a sum made at a time
+LONG = 256  # terms of a sum that are added up apart
 
 Linears = list[tuple[nn.Module, Callable[[Tensor], Tensor]]]
 _taken: ContextVar[Linears | None] = ContextVar("taken", default=None)
@@ -52,8 +54,16 @@ def product(rows: Float[Tensor, "N K"], matrix: Float[Tensor, "M K"], bias: Floa
     """[N, M]: rows @ matrix^T + bias. Outside of autograd; either may be a transposed view."""
     if not _chosen(rows, matrix):
         return F.linear(rows, matrix, bias)
-    if not (matrix.is_contiguous() or matrix.t().is_contiguous()):
-        matrix = matrix.contiguous()  # anything else is left to a reference kernel, a thousand times slower
+    if matrix.is_contiguous() or not matrix.t().is_contiguous():
+        return _by_onednn(rows, matrix.contiguous(), bias)  # anything else is left to a reference kernel, a thousand times slower
+    found = _by_onednn(rows[:, :LONG], matrix[:, :LONG], bias)
+    for start in range(LONG, rows.shape[1], LONG):  # one running sum over thousands of terms would lose a digit
+        part = slice(start, start + LONG)
+        found += _by_onednn(rows[:, part], matrix[:, part], None)
+    return found
+
+
+def _by_onednn(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
     return found
 
@@ -72,16 +82,18 @@ def linear(tensor: Float[Tensor, "*N K"], weight: Float[Tensor, "M K"], bias: Fl
     """[*N, M]: `torch.nn.functional.linear`."""
     if not _chosen(tensor, weight):
         return F.linear(tensor, weight, bias)
-    return _Linear.apply(tensor.reshape(-1, tensor.shape[-1]), weight, bias).unflatten(0, tensor.shape[:-1])
+    return _Linear.apply(tensor.reshape(-1, tensor.shape[-1]), weight, bias).reshape(*tensor.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+        to_rows, to_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if to_weight else None, weight if to_rows else None)  # no more than the backward reads
         return product(rows, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (rows, weight), (to_rows, to_weight, to_bias) = grads, ctx.saved_tensors, ctx.needs_input_grad
         return (
@@ -100,8 +112,15 @@ def repeated(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
 
 
 def of_layers(model: nn.Module) -> Linears:
-    """The linear layers of a float32 model by `linear`; none where torch's own products are as good."""
-    return [(each, _of_layer(each)) for each in model.modules() if type(each) is nn.Linear] if by_onednn() else []
+    """The linear layers of a float32 model on a CPU by `linear`; none where torch's own products are as good."""
+    if not by_onednn():
+        return []
+    return [(each, _of_layer(each)) for each in model.modules() if type(each) is nn.Linear and _is_replaceable(each)]
+
+
+def _is_replaceable(layer: nn.Linear) -> bool:
+    """Whether it computes in float32 on a CPU, and as its class does: not when someone gave it a forward of its own."""
+    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and "forward" not in vars(layer)
 
 
 def _of_layer(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -116,12 +135,15 @@ def taken() -> Linears:
 @contextmanager
 def replaced(linears: Linears) -> Iterator[None]:
     """Within it, each module computes what stands beside it."""
-    token = _taken.set(linears)
+    token, before = _taken.set(linears), [vars(module).get("forward") for module, _ in linears]
     for module, forward in linears:
-        module.__dict__["forward"] = forward
+        vars(module)["forward"] = forward
     try:
         yield
     finally:
         _taken.reset(token)
-        for module, _ in linears:
-            module.__dict__.pop("forward", None)
+        for (module, _), own in zip(linears, before, strict=True):
+            if own is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = own

@@ -15,7 +15,7 @@ from posttrain.batch import Sequences
 from posttrain.models import layout
 from posttrain.models.attention import Scoring, TreePlan, attending, weights
 from posttrain.models.lm import LM
-from posttrain.models.products import Linears, repeated, replaced, wide
+from posttrain.models.products import Linears, of_layers, repeated, replaced, wide
 from posttrain.sampling import lean
 from posttrain.sampling.cache import Stems, Store
 
@@ -88,15 +88,23 @@ class _Step:
         self.layer += 1
         with torch.autocast(query.device.type, enabled=False):
             grouped = query.to(keys.dtype).unflatten(1, (keys.shape[1], -1))  # the queries that share a key head stand together
-            scores = torch.matmul(grouped, keys)
+            scores = _scores(grouped, keys)
             if stems.count:
-                scores = torch.cat([stems.apart(torch.matmul(stems.together(grouped), stem_keys)), scores], -1)
+                scores = torch.cat([stems.apart(_scores(stems.together(grouped), stem_keys)), scores], -1)
             weight = weights(scores.flatten(1, 2)[:, :, None], self.mask(scoring.window), scoring).to(values.dtype)
             of_stem, of_own = weight.reshape(scores.shape).split([stems.reach, self.reach], -1)
             out = torch.matmul(of_own, values)
             if stems.count:
                 out += stems.apart(torch.matmul(stems.together(of_stem), stem_values))
             return out.flatten(1, 2).to(value.dtype)
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """[A, K, G, D] x [A, K, D, S] -> [A, K, G, S], float32 or wider, as fused attention has them. Never run on a GPU."""
+    if keys.dtype in (torch.float32, torch.float64) or keys.device.type == "cpu":
+        return torch.matmul(queries, keys)
+    flat = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1), out_dtype=torch.float32)
+    return flat.unflatten(0, keys.shape[:2])
 
 
 class CachedDecoder:
@@ -108,12 +116,12 @@ class CachedDecoder:
         self.lengths = torch.zeros(0, dtype=torch.long, device=lm.device)
         self.step = lean.build(lm)
         self.checked = False
-        self.linears = halved(lm) if self.step is None else []
+        self.linears = linears(lm) if self.step is None else []
 
     def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int], budget: int) -> Tensor:
         tree = layout.tree(prompts)
         plan = _Prefill(tree)
-        with replaced(self.linears):
+        with replaced(self.linears if self.lm.mixed else []):
             states = self.lm.states(tree, plan)
         if not self.own:
             self.own, self.prompts = ([Store(key, value) for key, value in plan.kept] for _ in range(2))
@@ -153,13 +161,13 @@ class CachedDecoder:
                 expected = self._by_model(tokens)
                 self.checked = True
                 if not _close(states, expected, 1e-1 if self.lm.mixed or states.dtype == torch.bfloat16 else 1e-4):
-                    self.step, self.linears, states = None, halved(self.lm), expected
+                    self.step, self.linears, states = None, linears(self.lm), expected
         self.lengths = self.lengths + 1
         return self.lm.project(states)
 
     def _by_model(self, tokens: Tensor) -> Tensor:
         """The states of one new token per row, by the model's own modules."""
-        with attending(self.lm.model, self._attention()), self.lm.arithmetic(), replaced(self.linears):
+        with attending(self.lm.model, self._attention()), self.lm.precision(), replaced(self.linears):
             found = self.lm.backbone(input_ids=tokens[None], position_ids=self.lengths[None], use_cache=False)
         return found.last_hidden_state[0]
 
@@ -181,10 +189,10 @@ def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
     return bool((one.float() - other.float()).norm() < tolerance * other.float().norm())
 
 
-def halved(lm: LM) -> Linears:
-    """For a mixed model: its linear layers with their weights rounded to bfloat16 once, where autocast would at every step."""
+def linears(lm: LM) -> Linears:
+    """A model's linear layers as decode steps take them; those of a mixed model with weights rounded once, not at every step."""
     if not lm.mixed:
-        return []
+        return of_layers(lm.backbone)
     return [(module, _halved(module)) for module in lm.backbone.modules() if type(module) is nn.Linear]
 
 
