@@ -61,7 +61,7 @@ def trl_command(model: str) -> dict[str, float]:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
             assert process.stderr is not None
             while b" 0/1 [" not in said:
-                more = process.stderr.read1(4096)  # type: ignore[attr-defined]
+                more = os.read(process.stderr.fileno(), 4096)
                 if not more:
                     raise RuntimeError(f"trl sft never began to train:\n{said.decode()[-2000:]}")
                 said += more

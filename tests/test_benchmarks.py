@@ -53,3 +53,19 @@ def test_the_useful_operations_of_a_step_are_counted_by_hand():
     assert shape.layer_weights == 6 * matrices
     one = 3 * (2 * 6 * matrices * 10 + 6 * 4 * 384 * 10 * 10 / 2 + 2 * 384 * 4096 * 4)
     assert shape.flops(10, 4, 100) == one
+
+
+@pytest.mark.parametrize(
+    ("found", "agree"),
+    [
+        ({"loss": 0.0, "gradient": 9e-7, "ours": 9e-7, "theirs": 1e-7}, True),
+        ({"loss": 0.0, "gradient": 9e-6, "ours": 4e-6, "theirs": 8e-6}, True),  # float32 itself is no nearer
+        ({"loss": 0.0, "gradient": 3e-6, "ours": 3e-6, "theirs": 1e-6}, False),
+        ({"loss": 0.0, "gradient": 3e-5, "ours": 1e-5, "theirs": 2e-5}, False),
+        ({"loss": 2e-6, "gradient": 1e-7, "ours": 1e-7, "theirs": 1e-7}, False),
+    ],
+)
+def test_grpo_agrees_by_its_gradient_or_by_being_as_near_to_float64_as_the_other(monkeypatch, found, agree):
+    monkeypatch.setattr(harness, "measured", lambda *_: found)
+    runs = {"posttrain mixed": [{"mismatch": 1e-3}]}
+    assert harness.agreement(harness.WORKS["grpo-4k"], runs)[0] is agree

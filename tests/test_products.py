@@ -59,6 +59,17 @@ def test_a_product_is_that_of_float64_and_its_matrix_never_one_that_only_the_ref
     assert given.is_contiguous() or given.t().is_contiguous()
 
 
+@pytest.mark.parametrize("views", VIEWS)
+def test_a_long_sum_is_added_up_in_parts_where_its_matrix_is_a_transposed_one(asked, views, monkeypatch):
+    monkeypatch.setattr(products, "LONG", 20)
+    rows, matrix = VIEWS[views]()
+    bias = random(33)
+    close(products.product(rows, matrix, bias), F.linear(rows.double(), matrix.double(), bias.double()))
+    parts = [20, 20, 8] if matrix.t().is_contiguous() else [48]
+    assert [given.shape[1] for _, given in asked] == parts
+    assert all(given.is_contiguous() or given.t().is_contiguous() for _, given in asked)
+
+
 @pytest.mark.parametrize("count", [10, 80])
 def test_a_sum_of_products_grows_by_each_block_by_block(asked, count, monkeypatch):
     monkeypatch.setattr(products, "BLOCK", 100)
