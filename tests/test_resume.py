@@ -302,3 +302,15 @@ def test_a_pipeline_goes_on_in_the_stage_that_was_stopped(tmp_path: Path) -> Non
         run(recipe, tmp_path / "stopped", Listener(show=stop))
     assert [each.action for each in plan(recipe, tmp_path / "stopped")] == ["reuse", "resume"]
     assert {name: marks(folder) for name, folder in run(recipe, tmp_path / "stopped").folders.items()} == expected
+
+
+def test_what_a_kill_left_half_written_beside_a_file_of_lines_goes_when_it_is_cut_again(tmp_path):
+    from posttrain.training.record import Lines
+
+    lines = Lines(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        lines.add({"step": step})
+    (tmp_path / "metrics.jsonl.tmp-1").write_text("half")
+    lines.cut_after(2)
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'

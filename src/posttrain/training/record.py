@@ -41,6 +41,8 @@ class Lines:
                     kept.append(line)
             except ValueError:
                 break  # the end, or the line that a kill cut short
+        for stale in self.path.parent.glob(f"{self.path.name}.tmp-*"):
+            stale.unlink()  # of a process that was killed right here
         staged = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         staged.write_bytes(b"".join(line + b"\n" for line in kept))
         staged.replace(self.path)
