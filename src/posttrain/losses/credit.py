@@ -1,4 +1,4 @@
-"""Who gets the credit: from scores of whole samples to advantages."""
+"""Who gets the credit: from scores of whole samples, or rewards and values of tokens, to advantages."""
 
 from typing import Literal
 
@@ -31,3 +31,41 @@ def group_advantages(
         return (centred / (deviation + eps)).to(dtype)
     spread = scores.std() if len(scores) > 1 else torch.zeros((), dtype=scores.dtype, device=scores.device)
     return (centred / (spread + eps)).to(dtype)
+
+
+def gae(
+    reward: Float[Tensor, " N"], value: Float[Tensor, " N"], gamma: float, lam: float, starts: Int[Tensor, " edges"] | None = None
+) -> Float[Tensor, " N"]:
+    """A[t] = d[t] + gamma lam A[t + 1] with d[t] = reward[t] + gamma value[t + 1] - value[t]. arXiv 1506.02438 eq. 16.
+
+    Sequence b is tokens starts[b] to starts[b + 1] - 1 of the N trained ones (one sequence if None); its value after the last is
+    0. The returns that a critic learns are advantage + value, taken before any whitening. No gradient flows.
+    """
+    reward, value = reward.detach(), value.detach()
+    edges = torch.tensor([0, len(value)], device=value.device) if starts is None else starts
+    lengths = edges.diff()
+    owner = torch.arange(len(lengths), device=value.device).repeat_interleave(lengths)
+    step = torch.arange(len(value), device=value.device) - edges[:-1][owner]
+    last = step == lengths[owner] - 1
+    surprise = reward + gamma * torch.where(last, torch.zeros_like(value), value.roll(-1)) - value
+    longest = int(lengths.max()) if len(value) else 0
+    advantage = torch.zeros(longest, len(lengths), dtype=value.dtype, device=value.device)
+    advantage[step, owner] = surprise
+    for now in range(longest - 2, -1, -1):  # all sequences at once; after a sequence's end there are zeros
+        advantage[now] += gamma * lam * advantage[now + 1]
+    return advantage[step, owner]
+
+
+def whiten(values: Float[Tensor, " N"], shift_mean: bool = True, unbiased: bool = True) -> Float[Tensor, " N"]:
+    """(x - mean) / sqrt(variance + 1e-8), with the mean put back unless `shift_mean`. arXiv 2403.17031.
+
+    The variance is Bessel-corrected (as in TRL's PPO) if `unbiased`, else that of the population (as in the code of 2403.17031).
+    A constant and a single value have no spread: exactly zero, or the mean.
+    """
+    if not len(values):
+        return values
+    exact, dtype = values.double(), values.dtype
+    centred = (exact - exact.mean()).masked_fill(values.max() == values.min(), 0.0)
+    variance = (centred**2).sum() / max(1, len(values) - unbiased)
+    white = centred * torch.rsqrt(variance + 1e-8)
+    return (white if shift_mean else white + exact.mean()).to(dtype)

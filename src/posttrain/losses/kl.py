@@ -24,3 +24,11 @@ def kl_k3(logp: Float[Tensor, " N"], ref_logp: Float[Tensor, " N"]) -> Float[Ten
     """exp(d) - 1 - d with d = ref_logp - logp: unbiased and never negative."""
     gap = ref_logp - logp
     return torch.expm1(gap) - gap
+
+
+def adaptive_kl(beta: float, kl: float, target: float, samples: int, horizon: int) -> float:
+    """beta (1 + e samples / horizon) with e = clip(kl / target - 1, -0.2, 0.2): the next update's beta. arXiv 1909.08593.
+
+    kl: the mean over the `samples` sequences of this update; horizon: the larger, the slower beta moves.
+    """
+    return beta * (1 + min(0.2, max(-0.2, kl / target - 1)) * samples / horizon)
