@@ -65,8 +65,9 @@ def test_columns_that_fit_no_format_are_refused_with_a_mapping():
     assert refusal() == (
         'train.jsonl:1: no format fits the columns "instruction", "output"; name one and map its columns, such as '
         "format: {kind: prompt_completion, fields: {prompt: instruction, completion: output}}; "
-        "formats: choice (question, choices, answer); messages (messages); preference (chosen, rejected); problem (prompt); "
-        "prompt_completion (prompt, completion); text (text)"
+        "formats: choice (question, choices, answer); graded (prompt, completion, score); labelled (prompt, completion, label); "
+        "messages (messages); preference (chosen, rejected); problem (prompt); prompt_completion (prompt, completion); "
+        "ranking (prompt, completions, scores or ranks or best); steps (prompt, labels, steps or completions); text (text)"
     )
     write({"prompt": "a", "response": "b"})
     assert "format: {kind: prompt_completion, fields: {completion: response}}" in refusal()
@@ -301,7 +302,7 @@ def test_a_problem_keeps_every_other_column_as_a_fact():
 def test_preferences_are_parsed_with_their_prompt_in_any_of_three_places():
     user, yes = CHAT["messages"]
     no = {"role": "assistant", "content": "no"}
-    wanted = Preference((Message("user", "hi"),), (Message("assistant", "yes"),), (Message("assistant", "no"),), 1.0, "f.jsonl:3")
+    wanted = Preference((Message("user", "hi"),), (Message("assistant", "yes"),), (Message("assistant", "no"),), where="f.jsonl:3")
     assert parse({"prompt": "hi", "chosen": "yes", "rejected": "no"}, "preference") == wanted
     assert parse({"prompt": [user], "chosen": [yes], "rejected": [no]}, "preference") == wanted
     assert parse({"prompt": "hi", "chosen": [user, yes], "rejected": [user, no]}, "preference") == wanted
@@ -331,7 +332,8 @@ def test_every_shipped_file_is_read():
     folder = Path(sys.modules["posttrain.data.source"].__file__).parents[1] / "assets" / "data"
     counts = {}
     for path in sorted(folder.glob("*.jsonl*")):
-        loaded = Data.model_validate({"sources": f"posttrain:data/{path.name}"}).read()
+        worded = {"kind": "labelled", "good": "positive"} if path.name.startswith(("reviews", "sentiment")) else None
+        loaded = Data.model_validate({"sources": f"posttrain:data/{path.name}", "format": worded}).read()
         counts[path.name] = (loaded.usable, loaded.formats[0])
         assert not loaded.dropped
     assert counts["arith_train.jsonl.gz"] == (8_000, "problem")

@@ -52,12 +52,43 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two answers to one prompt. `prefer` is the probability that `chosen` is the better one."""
+    """Two answers to one prompt. `prefer` is the probability that `chosen` is the better one, `margin` by how much at least."""
 
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     prefer: float = 1.0
+    margin: float = 0.0
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One answer to a prompt, and whether it is a good one."""
+
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    good: bool
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Some answers to one prompt with a score for each: the higher, the better; equal ones are not compared."""
+
+    prompt: tuple[Message, ...]
+    completions: tuple[tuple[Message, ...], ...]
+    scores: tuple[float, ...]
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """One answer in steps (its lines, mostly), and for each step the probability that it is right, 0 or 1 where it is known."""
+
+    prompt: tuple[Message, ...]
+    steps: tuple[str, ...]
+    right: tuple[float, ...]
     where: str = ""
 
 
@@ -72,7 +103,18 @@ class Problem:
     where: str = ""
 
 
-Row = Conversation | Completion | Text | Preference | Problem
+Row = Conversation | Completion | Text | Preference | Labelled | Ranking | Steps | Problem
+
+
+Rendering = tuple[list[int], list[bool]]  # the tokens of a sequence, and which of them are trained
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedRow:
+    """A row as a model sees it: its sequences (the two sides of a pair, say), and the numbers that go with them."""
+
+    sequences: tuple[Rendering, ...]
+    numbers: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +132,7 @@ class Sample:
 
     tokens: prompt and completion ids; sampled: True on every token the policy drew (its end token included);
     logp: the log-probability each sampled token was drawn with, in order; stop: "end" (an end token) or "length";
-    text: the decoded completion, for graders and people; version: the update the policy had then.
+    text: the decoded completion, for graders and people; version: the update the policy had then; by: who wrote it.
     """
 
     problem: Problem
@@ -101,3 +143,4 @@ class Sample:
     stop: Literal["end", "length"]
     text: str
     version: int = 0
+    by: Literal["policy", "reference"] = "policy"

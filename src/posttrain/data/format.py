@@ -7,7 +7,7 @@ out and counted by that reason. A row that shows that the file or the format is 
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from posttrain.component import Component, did_you_mean
 from posttrain.data.source import Raw, shown
 from posttrain.errors import DataError
-from posttrain.text import ROLES, Completion, Conversation, Message, Preference, Problem, Row, Text
+from posttrain.text import ROLES, Completion, Conversation, Message, Problem, Row, Text
 
 ALIASES = {
     "messages": ("conversation", "conversations", "dialog", "dialogue", "chat", "turns"),
@@ -25,6 +25,14 @@ ALIASES = {
     "text": ("content", "document", "body", "story"),
     "chosen": ("preferred", "winner", "response_a"),
     "rejected": ("dispreferred", "loser", "response_b"),
+    "label": ("good", "liked", "thumbs_up", "desirable", "class", "sentiment"),
+    "score": ("rating", "reward", "grade", "value"),
+    "completions": ("responses", "answers", "candidates", "outputs", "solutions"),
+    "scores": ("ratings", "rewards", "grades", "values"),
+    "ranks": ("ranking", "order", "places"),
+    "best": ("winner", "preferred", "choice"),
+    "steps": ("lines", "rationale"),
+    "labels": ("ratings", "correct", "right", "step_labels"),
 }
 UNREAD = ("reasoning_content", "reasoning", "thinking", "function_call", "weight", "train", "images", "audio")
 
@@ -44,6 +52,8 @@ class Format(Component):
     """The meaning of columns."""
 
     needs: ClassVar[tuple[str, ...]] = ()
+    either: ClassVar[tuple[str, ...]] = ()
+    """Columns of which a row has one."""
     may: ClassVar[tuple[str, ...]] = ()
     makes: ClassVar[frozenset[str]] = frozenset()
     """The names of the row types in posttrain.text that it gives."""
@@ -54,10 +64,12 @@ class Format(Component):
 
     @model_validator(mode="after")
     def _knows_its_fields(self) -> Self:
+        known = self.needs + self.either + self.may
         for name in self.fields:
-            if name not in self.needs + self.may:
-                known = self.needs + self.may
+            if name not in known:
                 raise ValueError(f"format {self.kind} has no field {name!r}{did_you_mean(name, known)}")
+        if len(several := [name for name in self.either if name in self.fields]) > 1:
+            raise ValueError(f"format {self.kind} reads one of {', '.join(self.either)}; fields maps {' and '.join(several)}")
         return self
 
     def column(self, name: str) -> str:
@@ -76,17 +88,34 @@ class Format(Component):
     def check_columns(self, raw: Raw) -> None:
         """Refuses a row that lacks a column, with the mapping that would help."""
         for name in self.needs:
-            column = self.column(name)
-            lacking = [each for each in _woven(column) or [column] if each not in raw.value]
-            if not lacking:
-                continue
-            column = lacking[0]
-            has = ", ".join(f'"{each}"' for each in raw.value) or "no columns"
-            if name in self.fields:
-                remedy = f"format.fields.{name} must name a column that every row has"
-            else:
-                remedy = f"map it: format.fields.{name}: {_stand_in(name, raw.value, self.needs) or '<its column>'}"
-            raise DataError(f'{raw.where}: format {self.kind} needs the column "{column}"; this row has {has}; {remedy}')
+            self._check_column(raw, name)
+        if self.either:
+            self._check_column(raw, self.which(raw))
+
+    def _check_column(self, raw: Raw, name: str) -> None:
+        column = self.column(name)
+        lacking = [each for each in _woven(column) or [column] if each not in raw.value]
+        if not lacking:
+            return
+        if name in self.fields:
+            remedy = f"format.fields.{name} must name a column that every row has"
+        else:
+            remedy = f"map it: format.fields.{name}: {_stand_in(name, raw.value, self.needs) or '<its column>'}"
+        what = f'{raw.where}: format {self.kind} needs the column "{lacking[0]}"'
+        raise DataError(f"{what}; this row has {_quoted(raw.value)}; {remedy}")
+
+    def which(self, raw: Raw) -> str:
+        """The one of `either` that is read: a mapped one, or the one that the row has."""
+        mapped = [name for name in self.either if name in self.fields]
+        found = mapped or [name for name in self.either if name in raw.value]
+        if len(found) == 1:
+            return found[0]
+        what = f"{raw.where}: format {self.kind} reads one of the columns {_quoted(self.either)}; this row has"
+        if found:
+            raise DataError(f"{what} {_quoted(found)}; choose one: format.fields.{found[0]}: {found[0]}")
+        near = {name: _stand_in(name, raw.value, self.needs) for name in self.either}
+        name = next((name for name in self.either if near[name]), self.either[0])
+        raise DataError(f"{what} {_quoted(raw.value)}; map one: format.fields.{name}: {near[name] or '<its column>'}")
 
     def cell(self, raw: Raw, name: str) -> Any:
         column = self.column(name)
@@ -98,18 +127,11 @@ class Format(Component):
 
     def plain(self, raw: Raw, name: str) -> str:
         """A column of text. Raises Unusable where it is null or blank, DataError where it is something else."""
-        return _plain(self.cell(raw, name), name, raw.where, f'column "{self.column(name)}"')
+        return as_text(self.cell(raw, name), name, raw.where, f'column "{self.column(name)}"')
 
     def turns(self, raw: Raw, name: str, role: str) -> tuple[Message, ...]:
         """A column that holds one text (said by `role`), one message, or a list of messages."""
-        value = self.cell(raw, name)
-        if value is None or value in ("", []):
-            raise Unusable(f"empty {name}")
-        if isinstance(value, str):
-            return (Message(role, self.plain(raw, name)),)
-        if isinstance(value, dict):
-            value = [value]
-        return _messages(value, raw.where, self.column(name), "text, a message or a list of messages")
+        return as_turns(self.cell(raw, name), name, role, raw.where, self.column(name))
 
 
 def _woven(column: str) -> list[str]:
@@ -185,66 +207,42 @@ class Problems(Format, kind="problem"):
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if value is not None and not isinstance(value, str):
-            raise _wrong(raw.where, f'column "{self.column(name)}"', "text or an integer", value)
+            raise wrong(raw.where, f'column "{self.column(name)}"', "text or an integer", value)
         return value
 
 
-class Preferences(Format, kind="preference"):
-    """Two answers to one `prompt`: `chosen` is better than `rejected`, with probability `prefer` (1 by default)."""
-
-    needs = ("chosen", "rejected")
-    makes = frozenset({"Preference"})
-    may = ("prompt", "prefer")
-
-    def row(self, raw: Raw) -> Preference:
-        chosen, rejected = self.turns(raw, "chosen", "assistant"), self.turns(raw, "rejected", "assistant")
-        if self.column("prompt") in raw.value:
-            prompt = self.turns(raw, "prompt", "user")
-            if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:  # the answers repeat their prompt
-                chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        else:
-            prompt = _shared(chosen, rejected)
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-            if chosen and rejected and not prompt:
-                raise Unusable("chosen and rejected share no prompt")
-        if chosen == rejected:
-            raise Unusable("chosen and rejected are the same")
-        if not all(any(message.role == "assistant" for message in side) for side in (chosen, rejected)):
-            raise Unusable("no assistant message to learn from")
-        return Preference(prompt, chosen, rejected, self._prefer(raw), raw.where)
-
-    def _prefer(self, raw: Raw) -> float:
-        value = self.cell(raw, "prefer")
-        if value is None:
-            return 1.0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise _wrong(raw.where, f'column "{self.column("prefer")}"', "a probability from 0 to 1", value)
-        return float(value)
+CLEAR = ("messages", "preference", "ranking", "steps", "labelled", "graded", "prompt_completion")
+"""The kinds that are known by their columns, those that ask for more of them first."""
 
 
 def detect(raw: Raw) -> Format:
     """The format that the columns of a row speak for. Raises DataError where none does."""
     has = set(raw.value)
-    answers = has & {"completion", "response", "output", "reply"}
-    if "messages" in has:
-        return Messages()
-    if {"chosen", "rejected"} <= has:
-        return Preferences()
-    if {"prompt", "completion"} <= has:
-        return PromptCompletion()
-    if "prompt" in has and not answers:
+    for kind in CLEAR:
+        format: type[Format] = Format.kinds[kind]
+        if has.issuperset(format.needs) and (not format.either or has.intersection(format.either)):
+            return format()
+    if "prompt" in has and not has & {"completion", "response", "output", "reply"}:
         return Problems()
     if "text" in has:
         return RawText()
-    columns = ", ".join(f'"{each}"' for each in raw.value) or "no columns"
-    needed = "; ".join(f"{kind} ({', '.join(Format.kinds[kind].needs)})" for kind in sorted(Format.kinds))
+    needed = "; ".join(f"{kind} ({_asked(Format.kinds[kind])})" for kind in sorted(Format.kinds))
     kind = "prompt_completion" if has & {"prompt", *ALIASES["prompt"]} else "messages"
     fields = {name: _stand_in(name, raw.value, Format.kinds[kind].needs) for name in Format.kinds[kind].needs if name not in has}
     mapping = ", ".join(f"{name}: {column or '<its column>'}" for name, column in fields.items())
     raise DataError(
-        f"{raw.where}: no format fits the columns {columns}; "
+        f"{raw.where}: no format fits the columns {_quoted(raw.value)}; "
         f"name one and map its columns, such as format: {{kind: {kind}, fields: {{{mapping}}}}}; formats: {needed}"
     )
+
+
+def _asked(format: type[Format]) -> str:
+    """The columns that a format asks for, as a message lists them."""
+    return ", ".join([*format.needs, *filter(None, [" or ".join(format.either)])])
+
+
+def _quoted(columns: Iterable[str]) -> str:
+    return ", ".join(f'"{each}"' for each in columns) or "no columns"
 
 
 def _stand_in(name: str, columns: Mapping[str, Any], needs: tuple[str, ...]) -> str | None:
@@ -255,7 +253,7 @@ def _stand_in(name: str, columns: Mapping[str, Any], needs: tuple[str, ...]) -> 
     return near[0] if near else None
 
 
-def _wrong(where: str, place: str, expected: str, value: Any) -> DataError:
+def wrong(where: str, place: str, expected: str, value: Any) -> DataError:
     remedy = "correct the row, or name another column in format.fields"
     return DataError(f"{where}: {place}: expected {expected}, found {shown(value)}; {remedy}")
 
@@ -278,25 +276,37 @@ def _check_text(value: Any) -> None:
             open_values += value
 
 
-def _plain(value: Any, name: str, where: str, place: str) -> str:
+def as_text(value: Any, name: str, where: str, place: str) -> str:
+    """A value that is text. Raises Unusable where it is null or blank, DataError where it is something else."""
     if value is None or (isinstance(value, str) and not value.strip()):
         raise Unusable(f"empty {name}")
     if not isinstance(value, str):
-        raise _wrong(where, place, "text", value)
+        raise wrong(where, place, "text", value)
     return value
+
+
+def as_turns(value: Any, name: str, role: str, where: str, column: str) -> tuple[Message, ...]:
+    """A value that is one text (said by `role`), one message, or a list of messages."""
+    if value is None or value in ("", []):
+        raise Unusable(f"empty {name}")
+    if isinstance(value, str):
+        return (Message(role, as_text(value, name, where, column)),)
+    if isinstance(value, dict):
+        value = [value]
+    return _messages(value, where, column, "text, a message or a list of messages")
 
 
 def _messages(value: Any, where: str, column: str, expected: str) -> tuple[Message, ...]:
     if value is None:
         raise Unusable("empty messages")
     if not isinstance(value, list):
-        raise _wrong(where, f'column "{column}"', expected, value)
+        raise wrong(where, f'column "{column}"', expected, value)
     return tuple(_message(each, where, f"{column}[{index}]") for index, each in enumerate(value))
 
 
 def _message(value: Any, where: str, place: str) -> Message:
     if not isinstance(value, dict):
-        raise _wrong(where, place, "a message with role and content", value)
+        raise wrong(where, place, "a message with role and content", value)
     if "role" not in value or not ("content" in value or value.get("tool_calls")):
         has = ", ".join(f'"{each}"' for each in value) or "nothing"
         raise DataError(f'{where}: {place}: a message needs "role" and "content"; this one has {has}; rename them in the file')
@@ -314,7 +324,7 @@ def _message(value: Any, where: str, place: str) -> Message:
     if isinstance(content, list):
         content = _joined(content, where, f"{place}.content")
     if content is not None and not isinstance(content, str):
-        raise _wrong(where, f"{place}.content", "text", content)
+        raise wrong(where, f"{place}.content", "text", content)
     said = content is not None and (content.strip() or role in ("system", "tool"))
     if not said and not calls:
         raise Unusable(f"empty {role} message")
@@ -334,7 +344,7 @@ def _calls(value: Any, where: str, place: str) -> tuple[dict[str, Any], ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise _wrong(where, place, "a list of calls", value)
+        raise wrong(where, place, "a list of calls", value)
     return tuple(_call(each, where, f"{place}[{index}]") for index, each in enumerate(value))
 
 
@@ -349,7 +359,7 @@ def _call(value: Any, where: str, place: str) -> dict[str, Any]:
         except (ValueError, RecursionError):
             raise Unusable("tool call arguments that are not valid JSON") from None
     if not isinstance(arguments, dict):
-        raise _wrong(where, f"{place}.arguments", "an object", arguments)
+        raise wrong(where, f"{place}.arguments", "an object", arguments)
     return {"name": inner["name"], "arguments": arguments}
 
 
@@ -364,13 +374,8 @@ def _tools(value: Any, where: str, column: str) -> tuple[dict[str, Any], ...]:
         except (ValueError, RecursionError):
             raise Unusable("tools that are not valid JSON") from None
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise _wrong(where, place, "a list of tools", value)
+        raise wrong(where, place, "a list of tools", value)
     return tuple(value)
 
 
-def _shared(first: tuple[Message, ...], second: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages that two conversations begin with alike."""
-    same = 0
-    while same < min(len(first), len(second)) and first[same] == second[same]:
-        same += 1
-    return first[:same]
+from posttrain.data import comparisons  # noqa: E402, F401  (its formats are built on this one; whoever has one has all)
