@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check bench tiny-base clean
+.PHONY: quickstart test check bench claims tiny-base clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/posttrain run recipes/quickstart.yaml
@@ -23,6 +23,10 @@ check: $(VENV)/.test
 # posttrain beside TRL and transformers on this machine, about an hour: the tables of docs/performance.md.
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+# What papers claim about the methods, measured: claims/results and the table of docs/claims.md; each at most ten minutes.
+claims: $(VENV)/.core
+	OMP_NUM_THREADS=1 $(BIN)/python -m claims
 
 # Makes the model in src/posttrain/assets/tiny-base anew, into runs/tiny_base (at most an hour on two cores).
 tiny-base: $(VENV)/.core

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.machine import ceilings
 from benchmarks.models import HOME, SHAPES, model_folder
+from benchmarks.pairs import ALPHA, RANK, reward_folder
 from benchmarks.sft import size_of_work
 from benchmarks.start import BINARIES, ROWS, write_rows
 
@@ -27,6 +28,7 @@ THREADS = "2"
 KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 WARM = 2  # steps of a run that are not timed
 PLAIN = {"gradient_checkpointing": False}
+LORA = {"tuner": {"kind": "lora", "rank": RANK, "alpha": ALPHA}}
 FREE = {**PLAIN, "padding_free": True, "max_length": None}
 
 
@@ -49,6 +51,9 @@ class Work:
     steps: int
     engines: tuple[Engine, ...]
     default: str = "TRL default"
+    exact: str = "TRL padding-free float32"
+    options: dict[str, Any] = field(default_factory=dict)  # of every engine
+    unit: str = "tokens"
 
 
 def sft(shape: str, steps: int, *others: Engine) -> Work:
@@ -74,6 +79,18 @@ def grpo(shape: str, steps: int, what: str) -> Work:
     return Work(name, "grpo", shape, steps, engines)
 
 
+def pairs(shape: str, steps: int, work: str, name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Work:
+    """DPO or a reward model on HH rows."""
+    engines = (
+        Engine("posttrain mixed", "posttrain", {"dtype": "mixed", **ours}),
+        Engine("posttrain float32", "posttrain", ours),
+        Engine("TRL default", "trl", theirs),
+        Engine("TRL without checkpointing", "trl", {**PLAIN, **theirs}),
+        Engine("TRL without checkpointing, float32", "trl", {**PLAIN, "bf16": False, **theirs}),
+    )
+    return Work(name, "pairs", shape, steps, engines, exact=engines[-1].name, options={"work": work}, unit="pairs")
+
+
 WORKS = {
     "sft-4k": sft("4k", 20, Engine("TRL without checkpointing", "trl", PLAIN)),
     "sft-32k": sft("32k", 10),
@@ -81,6 +98,13 @@ WORKS = {
     "grpo-4k": grpo("4k", 5, "none ends before its 128 tokens"),
     "grpo-4k-taught": grpo("4k-taught", 6, "a model whose answers end by themselves"),
     "grpo-32k": grpo("32k", 3, "none ends before its 128 tokens"),
+    "dpo-4k": pairs("4k", 10, "dpo", "DPO on HH, 4k vocabulary", {}, {}),
+    "dpo-4k-lora": pairs("4k", 10, "dpo", "DPO with LoRA on HH, 4k vocabulary", LORA, {"lora": True}),
+    "dpo-4k-cached": pairs(
+        "4k", 10, "dpo", "DPO with cached references on HH, 4k vocabulary", {"reference": {"cache": True}},
+        {"precompute_ref_log_probs": True},
+    ),
+    "reward-4k": pairs("4k", 10, "reward", "reward model on HH, 4k vocabulary", {}, {}),
 }
 
 
@@ -115,13 +139,13 @@ def compare(work: Work, rounds: int, say: Callable[[str], None]) -> dict[str, An
     for turn in range(rounds):
         for engine in work.engines:
             print(f"{work.name}: round {turn + 1} of {rounds}: {engine.name}", file=sys.stderr, flush=True)
-            options = {"shape": work.shape, "steps": work.steps, **engine.options}
+            options = {"shape": work.shape, "steps": work.steps, **work.options, **engine.options}
             runs[engine.name].append(measured(work.module, engine.function, options))
     agree, why = agreement(work, runs)
     trl = [name for name in runs if name.startswith("TRL")]
     best = max(trl, key=lambda name: median(map(rate, runs[name])))
     say(f"\n**{work.name}** ({why})\n")
-    say("| engine | tokens/s | peak MB | of TRL's default | of TRL's best | peak of default's |")
+    say(f"| engine | {work.unit}/s | peak MB | of TRL's default | of TRL's best | peak of default's |")
     say("|---|---|---|---|---|---|")
     for name, found in runs.items():
         speed, peak = median(map(rate, found)), median(each["peak"] for each in found)
@@ -133,7 +157,8 @@ def compare(work: Work, rounds: int, say: Callable[[str], None]) -> dict[str, An
                 f"{median(a['peak'] / b['peak'] for a, b in zip(found, runs[work.default], strict=True)):.2f}",
             ]
         label = f"{name} (TRL's best)" if name == best else name
-        say(f"| {label} | {speed:,.0f} | {peak:,.0f} | {' | '.join(cells)} |")
+        shown = f"{speed:.2f}" if work.unit == "pairs" else f"{speed:,.0f}"
+        say(f"| {label} | {shown} | {peak:,.0f} | {' | '.join(cells)} |")
     if not agree:
         say("\nNo ratio is shown: the engines did not compute the same thing.")
     return {"runs": runs, "agree": agree, "why": why}
@@ -154,7 +179,7 @@ def agreement(work: Work, runs: dict[str, list[dict[str, Any]]]) -> tuple[bool, 
         )
     exact, mixed = (
         max(gap(a["losses"], b["losses"]) for a, b in zip(runs[ours], runs[theirs], strict=True))
-        for ours, theirs in (("posttrain float32", "TRL padding-free float32"), ("posttrain mixed", "TRL default"))
+        for ours, theirs in (("posttrain float32", work.exact), ("posttrain mixed", "TRL default"))
     )
     return exact < 1e-5 and mixed < 1e-3, f"losses of ten steps differ by {exact:.1g} in float32, {mixed:.1g} in bf16"
 
@@ -236,6 +261,7 @@ def main() -> None:
     HOME.mkdir(parents=True, exist_ok=True)
     for shape in (*SHAPES, "4k-taught"):
         model_folder(shape)
+    reward_folder("4k")
     lines: list[str] = []
 
     def say(line: str) -> None:

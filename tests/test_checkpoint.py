@@ -15,6 +15,7 @@ from posttrain import faults
 from posttrain.errors import CheckpointError, RunError
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.fit import Learner
 from posttrain.training.optim import AdamW
 from posttrain.training.record import optimizer_tensors, restore_optimizer
 
@@ -82,13 +83,18 @@ def test_an_optimizer_that_was_saved_goes_on_as_if_it_had_never_stopped(dtype: t
         draw = torch.Generator().manual_seed(number)
         for parameter in run.parameters.values():
             parameter.grad = torch.randn(parameter.shape, generator=draw).to(dtype)
-        run.optimizer.step()
+        for learner in run.learners.values():
+            learner.optimizer.step()
 
     class Standing:
+        """Two roles that learn, each with an optimizer of its own."""
+
         def __init__(self) -> None:
             self.parameters = fresh()
-            self.optim = AdamW(learning_rate=0.1, weight_decay=0.1)
-            self.optimizer = self.optim.build(self.parameters)
+            self.learners = {
+                role: Learner.of({name: self.parameters[name]}, AdamW(learning_rate=rate, weight_decay=0.1))
+                for role, name, rate in (("policy", "weight", 0.1), ("critic", "bias", 0.3))
+            }
 
     first, second = Standing(), Standing()
     for number in range(3):

@@ -8,6 +8,7 @@ from test_render import TEMPLATES, TWO
 
 from posttrain.data.dataset import Data, describe
 from posttrain.errors import DataError, TemplateError
+from posttrain.text import Message
 
 
 def write(*rows, name="chat.jsonl"):
@@ -39,7 +40,8 @@ def test_data_under_a_rewriting_template_are_refused_until_only_the_last_answer_
 def test_rows_are_rendered_in_order_and_keep_their_places():
     found = rendered(TEMPLATES["chatml"], chat(("user", "a"), ("assistant", "b")), chat(("user", "c"), ("assistant", "d")))
     assert found.places == [["chat.jsonl:1", "chat.jsonl:2"]]
-    assert [TEMPLATES["chatml"].decode(tokens).splitlines()[1] for tokens, _ in found.rows[0]] == ["a<|im_end|>", "c<|im_end|>"]
+    shown = [TEMPLATES["chatml"].decode(tokens).splitlines()[1] for row in found.rows[0] for tokens, _ in row.sequences]
+    assert shown == ["a<|im_end|>", "c<|im_end|>"]
     assert (found.count, found.usable, found.trained) == (2, 2, 4)
 
 
@@ -85,15 +87,63 @@ def test_documents_are_cut_and_never_too_long():
     assert found.places[0].count("chat.jsonl:1") == len(found.rows[0]) - 1
 
 
-def test_rows_without_answers_are_refused_where_answers_are_learned():
+def test_problems_without_answers_are_refused_where_answers_are_learned():
     with pytest.raises(DataError) as caught:
         rendered(TEMPLATES["chatml"], {"prompt": "a", "answer": "b"})
     assert str(caught.value) == (
-        "chat.jsonl:1: this row holds no answers to learn from; "
-        "what learns from single answers reads the formats messages, prompt_completion and text"
+        "chat.jsonl:1: this row is a problem without an answer to learn from; it can only be a task's"
     )
-    with pytest.raises(DataError, match="this row holds pairs of answers"):
-        rendered(TEMPLATES["chatml"], {"prompt": "a", "chosen": "b", "rejected": "c"})
+
+
+# ---- rows of several sequences
+
+
+def pair(prompt, chosen, rejected, **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def test_the_two_sides_of_a_pair_are_two_sequences_with_one_prompt_of_which_only_the_answers_are_trained():
+    found = rendered(TEMPLATES["chatml"], pair("the cat", "sat", "on the mat", prefer=0.75, margin=2))
+    ((row,),) = found.rows
+    prompt = TEMPLATES["chatml"].prompt((Message("user", "the cat"),))
+    for (tokens, train), answer in zip(row.sequences, ("sat", "on the mat"), strict=True):
+        assert list(tokens[: len(prompt)]) == list(prompt)
+        assert list(train) == [False] * len(prompt) + [True] * (len(tokens) - len(prompt))
+        assert TEMPLATES["chatml"].decode(tokens[len(prompt) :]).startswith(f"{answer}<|im_end|>")
+    assert row.numbers == (0.75, 2.0)
+    assert (found.count, found.usable, len(found.sequences)) == (1, 1, 2)
+
+
+def test_an_earlier_answer_in_the_prompt_of_a_pair_belongs_to_the_prompt():
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    found = rendered(TEMPLATES["chatml"], pair(asked, "yes", "no"))
+    ((row,),) = found.rows
+    for (tokens, train), answer in zip(row.sequences, ("yes", "no"), strict=True):
+        assert [text for text, trained in TEMPLATES["chatml"].spans(tokens, train) if trained] == [f"{answer}<|im_end|>"]
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_pair_of_which_one_side_is_too_long_is_dropped_whole_and_counted_once(side):
+    long = {**pair("a", "yes", "no"), side: "d " * 50}
+    found = rendered(TEMPLATES["chatml"], pair("a", "yes", "no"), long, pair("b", "yes", "no"), max_tokens=40)
+    assert {reason: (each.count, each.first) for reason, each in found.dropped.items()} == {
+        "longer than max_tokens": (1, "chat.jsonl:2")
+    }
+    assert [len(row.sequences) for row in found.rows[0]] == [2, 2]
+    assert found.places == [["chat.jsonl:1", "chat.jsonl:3"]]
+    with pytest.raises(DataError, match=r"^chat\.jsonl:2: \d+ tokens, but max_tokens is 40; raise data\.max_tokens, or drop"):
+        rendered(TEMPLATES["chatml"], pair("a", "yes", "no"), long, max_tokens=40, too_long="error")
+
+
+def test_pairs_that_say_nothing_are_dropped_and_counted_by_reason():
+    rows = [pair("a", "yes", "no"), pair("a", "yes", ""), pair("a", "", "no"), pair("a", "yes", "yes"), pair("b", "no", "no")]
+    found = rendered(TEMPLATES["chatml"], *rows)
+    assert {reason: (each.count, each.first) for reason, each in found.dropped.items()} == {
+        "empty rejected": (1, "chat.jsonl:2"),
+        "empty chosen": (1, "chat.jsonl:3"),
+        "chosen and rejected are the same": (2, "chat.jsonl:4"),
+    }
+    assert [len(source) for source in found.rows] == [1]
 
 
 def test_only_chats_need_a_chat_template():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import CONFIGS, TREE, VOCABULARY, make, transformer, twin
+from tiny_models import CONFIGS, TREE, VOCABULARY, make, make_scalar, transformer, twin
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -226,6 +226,47 @@ def test_over_the_vocabulary_the_entropy_and_its_gradient_are_those_of_the_model
     expected = entropy(logits, None)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert distance(gradients(lm, found.sum()), gradients(lm, expected.sum())) < 1e-5
+
+
+# ---- models that score
+
+
+def scored_alone(lm, rows):
+    """The score of every token of each row, from the model's own modules, one row at a time."""
+    states = [lm.backbone(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row, _ in rows]
+    return [lm.model.score(each)[:, 0] + 0.75 for each in states]
+
+
+@pytest.mark.parametrize("name", TREE)
+def test_scores_values_and_step_scores_are_those_of_the_model_on_each_sequence_alone(name):
+    """A score at the last token, as transformers itself reads it; a value before each trained token; a step's at its end."""
+    lm, rows = make_scalar(name), family()
+    seqs, marks = Sequences.of(rows), [torch.tensor(train) for _, train in rows]
+    with torch.no_grad():
+        every = scored_alone(lm, rows)
+        score = torch.stack([lm.model(input_ids=torch.tensor([row]), use_cache=False).logits[0, 0] for row, _ in rows]) + 0.75
+        value = torch.cat([each[:-1][mark[1:]] for each, mark in zip(every, marks, strict=True)])
+        step = torch.cat([each[mark] for each, mark in zip(every, marks, strict=True)])
+    assert seqs.trained == len(value) == len(step) > 40
+    direct = gradients(lm, torch.stack([each[-1] for each in scored_alone(lm, rows)]).tanh().sum())
+    for kind in ("tree", "padded"):
+        other = twin(lm, kind)
+        other.shift = 0.75
+        torch.testing.assert_close(other.scores(seqs), score, rtol=0, atol=2e-5)
+        torch.testing.assert_close(other.values(seqs), value, rtol=0, atol=2e-5)
+        torch.testing.assert_close(other.step_scores(seqs), step, rtol=0, atol=2e-5)
+        assert distance(gradients(lm, other.scores(seqs).tanh().sum()), direct) < 1e-5
+
+
+def test_scores_of_many_are_the_scores_whatever_is_computed_at_a_time_and_several_batches_come_back_apart():
+    lm, rows = make_scalar("llama"), family()
+    seqs = Sequences.of(rows)
+    with torch.no_grad():
+        scores = lm.scores(seqs)
+        for micro_tokens in (1, 60, 1000):
+            torch.testing.assert_close(lm.scores_of_many(seqs, micro_tokens), scores, rtol=0, atol=2e-5)
+        one, other = lm.scores(Sequences.of(rows[:3]), Sequences.of(rows[3:]))
+    torch.testing.assert_close(torch.cat([one, other]), scores, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -21,6 +21,7 @@ from posttrain.models.source import ModelSource
 from posttrain.pipeline.run import run
 from posttrain.pipeline.stage import Interrupted
 from posttrain.training import checkpoint
+from posttrain.training.fit import Learner
 from posttrain.training.optim import AdamW, Optimizer
 from posttrain.training.record import optimizer_tensors, restore_optimizer
 
@@ -104,11 +105,12 @@ def test_a_state_of_plain_numbers_comes_back_as_the_same_numbers():
                 self.state[parameter] = {"step": 3, "scale": 0.1, "mean": torch.ones(2), "count": torch.tensor(4)}
 
     parameters = {"a.weight": nn.Parameter(torch.zeros(2))}
-    one = SimpleNamespace(parameters=parameters, optimizer=Counting(parameters.values(), lr=0.1), optim=AdamW())
-    one.optimizer.step()
-    expected = dict(one.optimizer.state[parameters["a.weight"]])
+    learner = Learner(parameters, Counting(parameters.values(), lr=0.1), AdamW())
+    learner.optimizer.step()
+    expected = dict(learner.optimizer.state[parameters["a.weight"]])
+    one = SimpleNamespace(learners={"policy": learner})
     restore_optimizer(one, optimizer_tensors(one))
-    found = one.optimizer.state[parameters["a.weight"]]
+    found = learner.optimizer.state[parameters["a.weight"]]
     assert {name: type(value) for name, value in found.items()} == {name: type(value) for name, value in expected.items()}
     assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])) for name in expected)
     assert found["scale"] == 0.1
@@ -194,15 +196,15 @@ def test_a_compact_state_that_was_saved_goes_on_as_if_it_had_never_stopped(state
     """On a CPU a paged state is in ordinary memory, of which bitsandbytes warns; the way through the checkpoint is the same."""
     optim, given = AdamW(state=state, weight_decay=0.1), parameters()
     with pytest.warns(match="not supported on CPU") if optim.paged else nullcontext():
-        first = SimpleNamespace(parameters=given, optim=optim, optimizer=optim.build(given))
-        stepped(first.optimizer, given, 3)
+        first = SimpleNamespace(learners={"policy": Learner.of(given, optim)})
+        stepped(first.learners["policy"].optimizer, given, 3)
         groups = {"weights": dict(given), "optimizer": optimizer_tensors(first)}
         found = checkpoint.load(checkpoint.save(tmp_path, checkpoint.Checkpoint(3, groups, {}), "mine"), "mine")
         again = {name: nn.Parameter(found.tensors["weights"][name].clone()) for name in given}
-        second = SimpleNamespace(parameters=again, optim=optim, optimizer=optim.build(again))
+        second = SimpleNamespace(learners={"policy": Learner.of(again, optim)})
         restore_optimizer(second, dict(found.tensors["optimizer"]))
     for one in (first, second):
-        stepped(one.optimizer, one.parameters, 3, first=3)
+        stepped(one.learners["policy"].optimizer, one.learners["policy"].parameters, 3, first=3)
     assert all(torch.equal(given[name], again[name]) for name in given)
     one, other = optimizer_tensors(first), optimizer_tensors(second)
     assert {name: value.dtype for name, value in one.items()} == {name: value.dtype for name, value in other.items()}

@@ -294,7 +294,7 @@ def test_grpos_loss_and_gradients_equal_trls(
     batch, samples = scored(), sampled(model, temperature)
     objective = GRPO(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, aggregate=aggregate, kl=kl)
     grades = [Grade(score) for score in SCORES]
-    rollouts = objective.credit(samples, grades, Roles(Frozen(reference.lm)), temperature)
+    rollouts, _ = objective.credit(samples, grades, model.lm, Roles(Frozen(reference.lm)), temperature)
     lengths = [len(sample.logp) for sample in samples]
     assert batch["completion_mask"].sum(1).tolist() == lengths == rollouts.seqs.trained_lengths.tolist()
     mask = batch["completion_mask"].bool()
@@ -339,7 +339,7 @@ def test_a_sample_that_could_not_be_graded_takes_no_part_in_a_baseline_as_in_trl
     model = loaded()
     _, scored = oracle(model, tmp_path, scores, scale_rewards=scale, beta=0.0)
     grades = [Grade(score, failure=None if score is not None else "no answer") for score in scores]
-    batch = GRPO(scale=scale).credit(sampled(model, 1.0), grades, Roles(), 1.0)
+    batch, _ = GRPO(scale=scale).credit(sampled(model, 1.0), grades, model.lm, Roles(), 1.0)
     ours = batch.advantage[batch.seqs.trained_lengths.cumsum(0) - 1]
     theirs = scored()["advantages"]
     torch.testing.assert_close(ours, theirs[[score is not None for score in scores]], rtol=1e-6, atol=1e-6)

@@ -166,7 +166,7 @@ def test_the_tool_calls_that_come_with_the_package_are_rendered_whole():
     loaded = data.read()
     found = data.render(loaded, TEMPLATES["chatml"])
     assert (found.usable, found.dropped) == (131, {})
-    ends = sum(token == TEMPLATES["chatml"].end_id and mark for row in found.rows[0] for token, mark in zip(*row, strict=True))
+    ends = sum(token == TEMPLATES["chatml"].end_id and mark for row in found.sequences for token, mark in zip(*row, strict=True))
     assert ends == 448
 
 

@@ -353,16 +353,17 @@ def test_an_evaluation_on_rows_that_training_has_seen_is_pointed_out(
     assert before in RECIPE
     page = Page(run_folder(tmp_path, whole(), RECIPE.replace(before, after)))
     if caution is None:
-        assert "evaluates on" not in page.text
+        assert "may be too good" not in page.text
     else:
-        assert f"{caution} rows that sft-eval evaluates on: the figures of sft-eval may be too good." in page.cautions
+        who = "sft-eval and grpo-eval"
+        assert f"{caution} rows that {who} evaluate on: the figures of {who} may be too good." in page.cautions
 
 
 @pytest.mark.parametrize(("rows", "seen"), [("7200:7400", False), ("7199:7400", True), ("1999:2000", True)])
 def test_rows_of_one_file_are_seen_only_where_they_overlap(tmp_path: Path, rows: str, seen: bool) -> None:
     source = f"{{path: 'posttrain:data/arith_train.jsonl.gz', rows: '{rows}'}}"
     page = Page(run_folder(tmp_path, whole(), RECIPE.replace("'posttrain:data/arith_test.jsonl'", source)))
-    assert ("that sft-eval evaluates on" in page.cautions) is seen
+    assert ("rows that sft-eval and grpo-eval evaluate on" in page.cautions) is seen
 
 
 def test_answers_that_could_not_be_graded_are_pointed_out(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import (
+    COMPARED,
     DATA,
     OBJECTIVES,
     REUSED,
     STEPS,
     TASK,
     TUNERS,
+    WHOLE_PPO,
     Nursery,
     checkpoints,
     marks,
@@ -42,12 +44,30 @@ OTHER = {"sources": {"kind": "inline", "items": [{"prompt": "What is 9 + 9?", "c
 WORSE = {"validation": {"data": OTHER, "best": "nll", "every": 1, "patience": 2}, "optim": {"learning_rate": 0.03, "warmup": 0.0}}
 TWO = {"samples": 2, "greedy": False, "sampling": {"max_tokens": 6}}
 SAMPLED = {"task": TASK, "best": "score", "every": 2, "evaluation": TWO}
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+CACHED = {"reference": {"cache": True}}
+FOLLOWED = {"reference": {"refresh": {"every": 2, "mix": 0.6}}}
+EVERY: dict[str, tuple[str, str, dict[str, Any]]] = {  # stopped after every one of their steps
     **{f"{objective}-{tuner}": (objective, tuner, {}) for objective in OBJECTIVES for tuner in TUNERS},
     **{f"grpo-reused-{tuner}": ("grpo", tuner, REUSED) for tuner in TUNERS},
     "sft-patience": ("sft", "full", WORSE),
     "grpo-validated": ("grpo", "lora", {"validation": SAMPLED}),
 }
+TWICE: dict[str, tuple[str, str, dict[str, Any]]] = {  # after two of them
+    **{f"dpo-cached-{tuner}": ("dpo", tuner, CACHED) for tuner in TUNERS},
+    **{f"dpo-followed-{tuner}": ("dpo", tuner, FOLLOWED) for tuner in TUNERS},
+    **{f"ppo-whole-{tuner}": ("ppo", tuner, WHOLE_PPO) for tuner in TUNERS},
+}
+ONCE: dict[str, tuple[str, str, dict[str, Any]]] = {  # after one
+    **{f"bradley_terry-{tuner}": ("bradley_terry", tuner, {}) for tuner in TUNERS},
+    "dpo-full": ("dpo", "full", {}),
+    "kto-lora": ("kto", "lora", {}),
+    "bco-full": ("bco", "full", {}),
+    "bco-cached-lora": ("bco", "lora", CACHED),
+    "ranking_reward-full": ("ranking_reward", "full", {}),
+    "process_reward-lora": ("process_reward", "lora", {}),
+    "ppo-shared-lora": ("ppo", "lora", {}),
+}
+CASES = {**EVERY, **TWICE, **ONCE}
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +84,13 @@ def nursery() -> Iterator[Nursery]:
         yield made
 
 
-def test_every_registered_objective_and_tuner_is_resumed_here() -> None:
-    assert set(Objective.kinds) == {kind for kind in OBJECTIVES if ":" not in kind}
+def test_every_type_of_batch_every_controller_and_every_tuner_is_resumed_here() -> None:
+    """And every objective in test_properties.py, whose updates come from a fixed batch."""
+    here = {objective for objective, _, _ in CASES.values()}
+    assert here == set(OBJECTIVES | COMPARED)
+    kinds = {kind: cls for kind, cls in Objective.kinds.items() if ":" not in kind}
+    assert {cls.reads for cls in kinds.values()} == {kinds[kind].reads for kind in here}
+    assert {kind for kind, cls in kinds.items() if cls.model_construct().controls()} <= here
     assert {kind for kind in Tuner.kinds if ":" not in kind} == set(TUNERS)
 
 
@@ -78,7 +103,7 @@ def test_a_run_stopped_after_any_step_ends_where_the_unbroken_run_ends(case: str
     assert made == STEPS if "patience" not in case else 2 < made < STEPS
     expected = marks(unbroken)
     rare = text(objective, tuner, **{**changes, "checkpoint": {"every": 1000}})  # only the signal makes it save
-    for step in range(1, made + 1):
+    for step in range(1, made + 1) if case in EVERY else (2, 5) if case in TWICE else (3,):
         root, number = tmp_path / f"stopped-{step}", (signal.SIGTERM, signal.SIGINT)[step % 2]
         with pytest.raises(Interrupted) as stopped:
             train(rare, root, {step: number})
@@ -214,6 +239,18 @@ def test_twenty_kills_at_random_moments_change_nothing(case: str, nursery: Nurse
     assert nursery.run(recipe, tmp_path / "killed")["status"] == 0
     assert marks(stage_folder(tmp_path / "killed")) == marks(stage_folder(tmp_path / "unbroken"))
     assert not list(tmp_path.glob("killed/**/*.tmp-*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize("case", ["dpo-cached-full", "bradley_terry-lora", "ppo-whole-lora"])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(case: str, nursery: Nursery, tmp_path: Path) -> None:
+    """With pairs, scores, and samples that wait: the kill comes one step after a save."""
+    objective, tuner, changes = CASES[case]
+    recipe = text(objective, tuner, **{**changes, "checkpoint": {"every": 3}})
+    assert nursery.run(recipe, tmp_path / "unbroken")["status"] == 0
+    killed = nursery.run(recipe, tmp_path / "killed", signals={"4": [int(signal.SIGKILL)]})
+    assert (killed["status"], killed["steps"]) == (-signal.SIGKILL, [1, 2, 3, 4])
+    assert nursery.run(recipe, tmp_path / "killed")["steps"] == [4, 5, 6]
+    assert marks(stage_folder(tmp_path / "killed")) == marks(stage_folder(tmp_path / "unbroken"))
 
 
 def test_a_second_signal_ends_the_run_at_once_and_it_can_be_resumed(nursery: Nursery, tmp_path: Path) -> None:

@@ -1,39 +1,104 @@
 """Tiny fits: the real training loop on tiny models, with an optimizer that can be asked what it was given."""
 
+import copy
+from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import torch
 from example_batches import only
-from tiny_models import make
+from tiny_models import make, make_scalar
 from torch import nn
 
 from posttrain.data.stream import Stream
-from posttrain.objectives import Objective
-from posttrain.training.fit import Training, fit
+from posttrain.models.actor_critic import ActorCritic, ValueHead
+from posttrain.models.lm import LM
+from posttrain.models.roles import Frozen, Roles
+from posttrain.models.scalar import ScalarLM
+from posttrain.training.fit import Learner, Training, annotated, fit
 from posttrain.training.updates import Item, Update
 from posttrain.tuners import Tuner, tuned
 
 TUNERS = {"full": {}, "lora": {"rank": 3, "alpha": 5.0}}
 
 
-def build(name, dtype, tuner, moved=True):
-    """A model with a tuner in it; `moved`: as if trained, so that no part of the tuner is zero."""
-    lm = make(name, dtype)
+def build(name, dtype, tuner, moved=True, policy="lm"):
+    """A model with a tuner in it; `moved`: as if trained, so that no part of the tuner is zero. policy: as `Example.policy`."""
+    return copy.deepcopy(_built(name, dtype, tuner, moved, policy))
+
+
+@cache
+def _built(name, dtype, tuner, moved, policy):
+    lm = make_scalar(name, dtype) if policy == "scalar" else make(name, dtype)
+    _install(lm, tuner, moved)
+    if policy == "critic":
+        critic = make_scalar(name, dtype, seed=1)
+        _install(critic, tuner, moved)
+        return ActorCritic(lm, critic)
+    if policy == "shared critic":
+        head = ValueHead(lm)
+        with torch.no_grad():
+            head.weight.copy_(torch.linspace(-0.2, 0.3, len(head.weight)))
+        return ActorCritic(lm, head)
+    return lm
+
+
+def _install(lm, tuner, moved):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         Tuner.lookup(tuner)(**TUNERS[tuner]).install(lm.model)
         for key, parameter in tuned(lm.model).items():
             if moved and tuner != "full" and "lora_B" in key:
                 nn.init.normal_(parameter, std=0.1)
-    return lm
+    if isinstance(lm, ScalarLM):
+        lm.head.requires_grad_(True)
 
 
-def objective_of(example):
-    return Objective.lookup(example.kind)(**example.settings)
+def built_for(example, name, dtype, tuner):
+    return build(name, dtype, tuner, policy=example.policy)
+
+
+def by_role(lm):
+    """{"policy": its parameters that move, "critic": the critic's}."""
+    if not isinstance(lm, ActorCritic):
+        return {"policy": tuned(lm.model)}
+    critic = lm.critic if isinstance(lm.critic, ValueHead) else lm.critic.model
+    return {"policy": tuned(lm.model), "critic": {f"critic.{name}": each for name, each in tuned(critic).items()}}
+
+
+def moving(lm):
+    """Everything that moves, by name."""
+    return {name: each for parameters in by_role(lm).values() for name, each in parameters.items()}
+
+
+def learners(lm, optim):
+    return {role: Learner.of(parameters, optim) for role, parameters in by_role(lm).items()}
+
+
+def beside(example, lm):
+    """The roles that an objective asks: a reference near the policy, and its controllers, which have moved already."""
+    objective = example.objective
+    reference = Frozen(near(lm), micro_tokens=200) if "reference" in objective.needs else None
+    return Roles(reference, controls={name: value + 0.2 for name, value in objective.controls().items()}, micro_tokens=200)
+
+
+def near(lm, scale=0.02, seed=11):
+    """A model of its own with all weights moved a little."""
+    other = LM(copy.deepcopy(lm.model), lm.layout, lm.mixed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_((scale * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)).to(parameter.dtype))
+    return other.requires_grad_(False)
 
 
 def update_of(example, batch):
-    return Update((Item(objective_of(example), batch, [f"row {row}" for row in range(batch.count)]),))
+    return Update((Item(example.objective, batch, [f"row {row}" for row in range(batch.count)]),))
+
+
+def ready(lm, update, roles):
+    """The update as the loop learns from it, its roles asked."""
+    return annotated(update, SimpleNamespace(policy=lm, roles=roles))
 
 
 class Fixed:
@@ -86,10 +151,13 @@ class Capture(torch.optim.SGD):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
 
 
-def fitted(lm, update, micro_tokens):
-    """(gradients, metrics) of one update by the training loop itself, nothing applied."""
-    parameters, record = tuned(lm.model), Watcher()
-    optimizer = Capture(list(parameters.values()), lr=1.0)
-    plan = SimpleNamespace(clip=None, rate=lambda _step, _steps: 1.0)
-    fit(Training(lm, parameters, optimizer, plan, Fixed(update), steps=1, micro_tokens=micro_tokens), record)
-    return torch.cat([grad.flatten() for grad in optimizer.seen]), record.metrics[0]
+def fitted(lm, update, micro_tokens, roles=None):
+    """(gradients, metrics) of one update by the training loop itself, nothing applied; `roles` stay as they are."""
+    record, plan = Watcher(), SimpleNamespace(clip=None, rate=lambda _step, _steps: 1.0)
+    learning = {
+        role: Learner(parameters, Capture(list(parameters.values()), lr=1.0), plan) for role, parameters in by_role(lm).items()
+    }
+    asked = Roles() if roles is None else replace(roles, controls=dict(roles.controls))
+    fit(Training(lm, learning, Fixed(update), 1, asked, micro_tokens), record)
+    grads = [grad.flatten() for learner in learning.values() for grad in learner.optimizer.seen]
+    return torch.cat(grads), record.metrics[0]

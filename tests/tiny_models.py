@@ -1,6 +1,7 @@
 """Tiny random models of each architecture, made on the spot: 2 layers, 97 tokens, weights wide enough that every token matters.
 
-`make("gemma3")` gives an LM, the same weights every time. Sliding windows are 8 tokens, shorter than the sequences of the tests.
+`make("gemma3")` gives an LM, `make_scalar("gemma3")` a model that scores, the same weights every time. Sliding windows are 8
+tokens, shorter than the sequences of the tests.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -21,8 +23,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from posttrain.models.actor_critic import ActorCritic, ValueHead
 from posttrain.models.lm import LM
-from posttrain.models.load import DTYPES, wrap
+from posttrain.models.load import DTYPES, wrap, wrap_scalar
+from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import ModelSource
 
 VOCABULARY, WINDOW = 97, 8
@@ -54,14 +58,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 TREE = [name for name in CONFIGS if name != "mamba"]
 
 
-def transformer(name: str, dtype: str = "float32", seed: int = 0, **changes: Any) -> PreTrainedModel:
+def transformer(
+    name: str, dtype: str = "float32", seed: int = 0, auto: Any = AutoModelForCausalLM, **changes: Any
+) -> PreTrainedModel:
     """The transformers model with random weights of deviation 0.2. `changes` are settings of its config."""
     config = CONFIGS[name]()
     for key, value in changes.items():
         setattr(config, key, value)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa" if name != "mamba" else None).double()
+        model = auto.from_config(config, attn_implementation="sdpa" if name != "mamba" else None).double()
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 offset = (
@@ -77,6 +83,15 @@ def make(name: str, dtype: str = "float32", layout: str = "auto", seed: int = 0,
     return wrap(transformer(name, dtype, seed, **changes), ModelSource(path="tiny", dtype=dtype, layout=layout))
 
 
-def twin(lm: LM, layout: str) -> LM:
+def make_scalar(name: str, dtype: str = "float32", layout: str = "auto", seed: int = 0, **changes: Any) -> ScalarLM:
+    """A ScalarLM as `load_scalar` would give it."""
+    model = transformer(name, dtype, seed, AutoModelForSequenceClassification, num_labels=1, **changes)
+    return wrap_scalar(model, ModelSource(path="tiny", dtype=dtype, layout=layout))
+
+
+def twin(lm: Any, layout: str) -> Any:
     """The same weights under another layout."""
-    return LM(lm.model, layout, lm.mixed)
+    if isinstance(lm, ActorCritic):
+        critic = lm.critic if isinstance(lm.critic, ValueHead) else twin(lm.critic, layout)
+        return ActorCritic(LM(lm.model, layout, lm.mixed), critic)
+    return type(lm)(lm.model, layout, lm.mixed)

@@ -39,12 +39,47 @@ TASK: dict[str, Any] = {
 }
 ROLLOUT: dict[str, Any] = {"problems": 4, "per_problem": 4, "sampling": {"max_tokens": 8}}
 
+
+def inline(*items: dict[str, Any]) -> dict[str, Any]:
+    return {"sources": {"kind": "inline", "items": list(items)}}
+
+
+PREFERENCES = inline(
+    *({"prompt": f"What is {a} + {b}?", "chosen": f"It is {a + b}." + " Yes." * a, "rejected": "No." * b} for a, b in SUMS)
+)
+LABELLED = inline(
+    *({"prompt": f"What is {a} + {b}?", "completion": f"It is {a + b * (a % 2)}.", "label": bool(a % 2)} for a, b in SUMS)
+)
+RANKED = inline(
+    *({"prompt": f"What is {a} + {b}?", "completions": [f"It is {a + b}.", "Yes." * a, "No"], "scores": [2, 1, 0]} for a, b in SUMS)
+)
+STEPPED = inline(
+    *({"prompt": f"What is {a} + {b}?", "steps": [f"{a} and {b}.", f"It is {a + b}."], "labels": [1, b % 2]} for a, b in SUMS)
+)
+FEW: dict[str, Any] = {"rows": 5, "micro_tokens": 90}
+
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"objective": "sft", "data": DATA, "batch": {"rows": 5, "micro_tokens": 40}},
     "pretrain": {"objective": "pretrain", "data": RAW, "batch": {"rows": 5, "micro_tokens": 40}},
     "grpo": {"objective": "grpo", "task": TASK, "rollout": ROLLOUT},
 }
+COMPARED: dict[str, dict[str, Any]] = {  # those that learn from comparisons, labels and rewards, one of each type of batch
+    "dpo": {"objective": "dpo", "data": PREFERENCES, "batch": FEW},
+    "kto": {"objective": "kto", "data": LABELLED, "batch": FEW},
+    "bco": {"objective": "bco", "data": PREFERENCES, "batch": FEW},
+    "bradley_terry": {"objective": "bradley_terry", "data": PREFERENCES, "batch": FEW},
+    "ranking_reward": {"objective": "ranking_reward", "data": RANKED, "batch": FEW},
+    "process_reward": {"objective": "process_reward", "data": STEPPED, "batch": FEW},
+    "ppo": {"objective": "ppo", "task": TASK, "rollout": ROLLOUT, "critic": {"shared": True}},
+}
 TUNERS: dict[str, dict[str, Any]] = {"full": {"tuner": "full"}, "lora": {"tuner": {"kind": "lora", "rank": 4}}}
+WHOLE_PPO: dict[str, Any] = {  # four updates a rollout, a critic of its own, a KL controller, and rows to learn from beside
+    "objective": {"kind": "ppo", "kl_target": 0.5, "kl_horizon": 50, "entropy": 0.01},
+    "rollout": {**ROLLOUT, "epochs": 2, "minibatches": 2},
+    "critic": {"tuner": {"kind": "lora", "rank": 2}, "optim": {"learning_rate": 3e-2}},
+    "mix": {"objective": "pretrain", "data": RAW, "rows": 3, "weight": 0.5},
+    "batch": {"micro_tokens": 60},
+}
 REUSED: dict[str, Any] = {  # four updates a rollout, and a reference
     "objective": {"kind": "grpo", "kl": 0.05, "aggregate": "token"},
     "rollout": {**ROLLOUT, "epochs": 2, "minibatches": 2},
@@ -77,7 +112,7 @@ def settings(kind: str = "sft", adapter: str = "full", /, **changes: Any) -> dic
     shared: dict[str, Any] = {
         "model": str(base()), "steps": STEPS, "checkpoint": {"every": 1, "keep": 2}, "optim": {"learning_rate": 1e-2},
     }  # fmt: skip
-    return {**shared, **OBJECTIVES[kind], **TUNERS[adapter], **changes}
+    return {**shared, **(OBJECTIVES | COMPARED)[kind], **TUNERS[adapter], **changes}
 
 
 def text(*args: Any, **changes: Any) -> str:
@@ -101,7 +136,7 @@ def train(recipe: str, root: Path, stop: dict[int, int] | None = None) -> Path:
 
 def stage_folder(root: Path) -> Path:
     """The folder of the one training stage under `root`, finished or not."""
-    (found,) = (each for each in (root / "tiny").iterdir() if each.is_dir())
+    (found,) = (each for each in (root / "tiny").iterdir() if each.is_dir() and each.name != "cache")
     return found
 
 
@@ -113,7 +148,7 @@ def checkpoints(root: Path) -> list[str]:
 def marks(folder: Path) -> dict[str, str]:
     """The digest of a finished stage: {what: sha256} of final weights, last checkpoint, metrics without time, samples, record."""
     found: dict[str, bytes] = {}
-    for file in [*folder.glob("model/*"), *folder.glob("adapter/*")]:
+    for file in [*folder.glob("model/*"), *folder.glob("adapter/*"), *folder.glob("critic/*")]:
         found[f"{file.parent.name}/{file.name}"] = file.read_bytes()
     last = sorted(folder.glob("checkpoints/step-*"))[-1]
     for file in last.glob("*.safetensors"):

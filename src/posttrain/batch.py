@@ -5,14 +5,17 @@ given the tokens before it in its sequence". Per-token results are flat over the
 the first token of a sequence, so it is never trained. There is no padding here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from itertools import pairwise
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from posttrain.text import RenderedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,10 @@ class Sequences:
     starts: Int[Tensor, " edges"]
     train: Bool[Tensor, " T"]
     weight: Float[Tensor, " B"] | None = None
+
+    @classmethod
+    def from_rows(cls, rows: Sequence["RenderedRow"]) -> "Sequences":
+        return cls.of([row.sequences[0] for row in rows])
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[bool]]], weight: Sequence[float] | None = None) -> "Sequences":
@@ -36,6 +43,12 @@ class Sequences:
         marks = torch.tensor([mark for _, train in rows for mark in train], dtype=torch.bool)
         starts = torch.tensor([0] + [len(tokens) for tokens, _ in rows]).cumsum(0)
         return cls(flat, starts, marks, None if weight is None else torch.tensor(weight, dtype=torch.float32))
+
+    @classmethod
+    def joined(cls, several: "Sequence[Sequences]") -> "Sequences":
+        """All sequences of several batches, in order; their weights are left out."""
+        starts = torch.cat([several[0].starts[:1], torch.cat([each.lengths for each in several]).cumsum(0)])
+        return cls(torch.cat([each.tokens for each in several]), starts, torch.cat([each.train for each in several]))
 
     @property
     def count(self) -> int:
@@ -71,6 +84,11 @@ class Sequences:
         flat, edges = self.tokens.tolist(), self.starts.tolist()
         return [flat[a:b] for a, b in pairwise(edges)]
 
+    @property
+    def row_tokens(self) -> list[tuple[list[int], ...]]:
+        """The token sequences that make up each row of the batch."""
+        return [(row,) for row in self.rows()]
+
     def trained_tokens(self, rows: Sequence[int]) -> Bool[Tensor, " N"]:
         """Which of the N trained tokens belong to `rows`."""
         chosen = torch.zeros(self.count, dtype=torch.bool, device=self.tokens.device)
@@ -91,20 +109,10 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollouts:
-    """Sampled sequences with their credit; every tensor is flat over the N sampled tokens.
-
-    sampled_logp: of the distribution that each token was drawn from; old_logp: the trainer's own, where the two differ;
-    version: the update that the policy had when it sampled each sequence.
-    """
+class Answers:
+    """A batch each of whose rows is one sequence."""
 
     seqs: Sequences
-    sampled_logp: Float[Tensor, " N"]
-    advantage: Float[Tensor, " N"]
-    version: Int[Tensor, " B"]
-    old_logp: Float[Tensor, " N"] | None = None
-    ref_logp: Float[Tensor, " N"] | None = None
-    temperature: float = 1.0
 
     @property
     def count(self) -> int:
@@ -113,6 +121,32 @@ class Rollouts:
     @property
     def sequences(self) -> tuple[Sequences, ...]:
         return (self.seqs,)
+
+    @property
+    def row_tokens(self) -> list[tuple[list[int], ...]]:
+        return self.seqs.row_tokens
+
+    def to(self: "AnyAnswers", device: "torch.device | str") -> "AnyAnswers":
+        return moved(self, device)
+
+
+AnyAnswers = TypeVar("AnyAnswers", bound=Answers)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts(Answers):
+    """Sampled sequences with their credit; every tensor is flat over the N sampled tokens.
+
+    sampled_logp: of the distribution that each token was drawn from; old_logp: the trainer's own, where the two differ;
+    version: the update that the policy had when it sampled each sequence.
+    """
+
+    sampled_logp: Float[Tensor, " N"]
+    advantage: Float[Tensor, " N"]
+    version: Int[Tensor, " B"]
+    old_logp: Float[Tensor, " N"] | None = None
+    ref_logp: Float[Tensor, " N"] | None = None
+    temperature: float = 1.0
 
     def select(self, rows: Sequence[int]) -> "Rollouts":
         rows = sorted(rows)
@@ -127,21 +161,190 @@ class Rollouts:
             ref_logp=None if self.ref_logp is None else self.ref_logp[kept],
         )
 
-    def to(self, device: "torch.device | str") -> "Rollouts":
+
+@dataclass(frozen=True, slots=True)
+class Valued:
+    """Rollouts with what a critic learns from: its value of the state before each sampled token as they were sampled, and the
+    return that it should have said."""
+
+    rollouts: Rollouts
+    value: Float[Tensor, " N"]
+    returns: Float[Tensor, " N"]
+
+    @property
+    def count(self) -> int:
+        return self.rollouts.count
+
+    @property
+    def sequences(self) -> tuple[Sequences, ...]:
+        return self.rollouts.sequences
+
+    @property
+    def row_tokens(self) -> list[tuple[list[int], ...]]:
+        return self.rollouts.row_tokens
+
+    def select(self, rows: Sequence[int]) -> "Valued":
+        kept = self.rollouts.seqs.trained_tokens(rows)
+        return Valued(self.rollouts.select(rows), self.value[kept], self.returns[kept])
+
+    def to(self, device: "torch.device | str") -> "Valued":
         return moved(self, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """P pairs of answers; the two sides of a pair begin with the same prompt.
+
+    prefer: the probability that chosen wins; margin: by how much a reward must prefer it; chosen_ref, rejected_ref: the
+    reference's log-probability of each answer, summed over its tokens; weight: of the pair's loss; theirs: of sampled pairs,
+    whether the chosen side is the reference's answer and the rejected one the policy's.
+    """
+
+    chosen: Sequences
+    rejected: Sequences
+    prefer: Float[Tensor, " P"]
+    margin: Float[Tensor, " P"]
+    chosen_ref: Float[Tensor, " P"] | None = None
+    rejected_ref: Float[Tensor, " P"] | None = None
+    weight: Float[Tensor, " P"] | None = None
+    theirs: Bool[Tensor, " P"] | None = None
+
+    @classmethod
+    def from_rows(cls, rows: Sequence["RenderedRow"]) -> "Pairs":
+        prefer, margin = _columns(rows, 2)
+        chosen, rejected = (Sequences.of([row.sequences[side] for row in rows]) for side in (0, 1))
+        return cls(chosen, rejected, prefer, margin)
+
+    @property
+    def refs(self) -> tuple[Float[Tensor, " P"], ...]:
+        """What the reference says of each row; nothing where it has not been asked."""
+        return () if self.chosen_ref is None or self.rejected_ref is None else (self.chosen_ref, self.rejected_ref)
+
+    def with_refs(self, *refs: Float[Tensor, " P"]) -> "Pairs":
+        return replace(self, chosen_ref=refs[0], rejected_ref=refs[1])
+
+    @property
+    def count(self) -> int:
+        return self.chosen.count
+
+    @property
+    def sequences(self) -> tuple[Sequences, ...]:
+        return (self.chosen, self.rejected)
+
+    @property
+    def row_tokens(self) -> list[tuple[list[int], ...]]:
+        return list(zip(self.chosen.rows(), self.rejected.rows(), strict=True))
+
+    def select(self, rows: Sequence[int]) -> "Pairs":
+        rows = sorted(rows)
+        known = (self.chosen_ref, self.rejected_ref, self.weight, self.theirs)
+        optional = (None if each is None else each[rows] for each in known)
+        return Pairs(self.chosen.select(rows), self.rejected.select(rows), self.prefer[rows], self.margin[rows], *optional)
+
+    def to(self, device: "torch.device | str") -> "Pairs":
+        return moved(self, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled(Answers):
+    """Single answers that are good or bad. ref: the reference's summed log-probability of each; point: what a log-ratio (or a
+    reward) is measured from, one value for the whole update."""
+
+    good: Bool[Tensor, " B"]
+    ref: Float[Tensor, " B"] | None = None
+    point: Float[Tensor, " B"] | None = None
+
+    @classmethod
+    def from_rows(cls, rows: Sequence["RenderedRow"]) -> "Labelled":
+        (good,) = _columns(rows, 1)
+        return cls(Sequences.of([row.sequences[0] for row in rows]), good > 0.5)
+
+    @property
+    def refs(self) -> tuple[Float[Tensor, " B"], ...]:
+        """What the reference says of each row; nothing where it has not been asked."""
+        return () if self.ref is None else (self.ref,)
+
+    def with_refs(self, *refs: Float[Tensor, " B"]) -> "Labelled":
+        return replace(self, ref=refs[0])
+
+    def select(self, rows: Sequence[int]) -> "Labelled":
+        rows = sorted(rows)
+        ref, point = (None if each is None else each[rows] for each in (self.ref, self.point))
+        return Labelled(self.seqs.select(rows), self.good[rows], ref, point)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """For each of B prompts some answers with a score each: row b has sizes[b] of the S sequences, in order."""
+
+    seqs: Sequences
+    sizes: Int[Tensor, " B"]
+    score: Float[Tensor, " S"]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence["RenderedRow"]) -> "Ranked":
+        sizes = torch.tensor([len(row.sequences) for row in rows], dtype=torch.long)
+        score = torch.tensor([number for row in rows for number in row.numbers], dtype=torch.float32)
+        return cls(Sequences.of([each for row in rows for each in row.sequences]), sizes, score)
+
+    @property
+    def count(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def sequences(self) -> tuple[Sequences, ...]:
+        return (self.seqs,)
+
+    @property
+    def group(self) -> Int[Tensor, " S"]:
+        """The row that each sequence belongs to."""
+        return torch.arange(self.count, device=self.sizes.device).repeat_interleave(self.sizes)
+
+    @property
+    def row_tokens(self) -> list[tuple[list[int], ...]]:
+        answers = iter(self.seqs.rows())
+        return [tuple(islice(answers, size)) for size in self.sizes.tolist()]
+
+    def select(self, rows: Sequence[int]) -> "Ranked":
+        rows = sorted(rows)
+        kept = torch.isin(self.group, torch.tensor(rows, device=self.sizes.device)).nonzero()[:, 0].tolist()
+        return Ranked(self.seqs.select(kept), self.sizes[rows], self.score[kept])
+
+    def to(self, device: "torch.device | str") -> "Ranked":
+        return moved(self, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped(Answers):
+    """Answers in steps. The marked (`train`) tokens are those that end a step; right: the probability that it is right."""
+
+    right: Float[Tensor, " N"]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence["RenderedRow"]) -> "Stepped":
+        right = torch.tensor([number for row in rows for number in row.numbers], dtype=torch.float32)
+        return cls(Sequences.of([row.sequences[0] for row in rows]), right)
+
+    def select(self, rows: Sequence[int]) -> "Stepped":
+        return Stepped(self.seqs.select(rows), self.right[self.seqs.trained_tokens(rows)])
+
+
+def _columns(rows: Sequence["RenderedRow"], count: int) -> list[Float[Tensor, " B"]]:
+    """The numbers of rows that have `count` each, number by number."""
+    table = torch.tensor([row.numbers for row in rows], dtype=torch.float32).reshape(len(rows), count)
+    return [table[:, index] for index in range(count)]
 
 
 @runtime_checkable
 class Batch(Protocol):
-    """What every batch type offers, so that one function can cut any of them into micro-batches.
-
-    Row i of each of its `sequences` belongs to row i of the batch.
-    """
+    """What every batch type offers, so that one function can cut any of them into micro-batches."""
 
     @property
     def count(self) -> int: ...
     @property
     def sequences(self) -> tuple[Sequences, ...]: ...
+    @property
+    def row_tokens(self) -> list[tuple[list[int], ...]]: ...
     def select(self, rows: Sequence[int]) -> "Batch": ...
     def to(self, device: "torch.device | str") -> "Batch": ...
 
@@ -159,3 +362,37 @@ def moved(batch: AnyBatch, device: "torch.device | str") -> AnyBatch:
         elif is_dataclass(value):
             changed[each.name] = moved(value, device)
     return replace(batch, **changed)  # type: ignore[type-var]
+
+
+def flattened(batch: Any, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A batch as (plain values, tensors) by dotted name, for a checkpoint; `rebuilt` makes it whole again."""
+    plain: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for each in fields(batch):
+        name, value = prefix + each.name, getattr(batch, each.name)
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif is_dataclass(value):
+            inner, more = flattened(value, f"{name}.")
+            plain |= inner
+            tensors |= more
+        elif value is not None:
+            plain[name] = value
+    return plain, tensors
+
+
+def rebuilt(kind: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
+    """The batch of a kind (the name of its type here) from what `flattened` gave."""
+    cls = globals()[kind]
+    values: dict[str, Any] = {}
+    for each in fields(cls):
+        name = prefix + each.name
+        if name in tensors or name in plain:
+            values[each.name] = tensors[name] if name in tensors else plain[name]
+        elif any(key.startswith(f"{name}.") for key in tensors):
+            values[each.name] = rebuilt(_class_name(each.type), plain, tensors, f"{name}.")
+    return cls(**values)
+
+
+def _class_name(annotation: Any) -> str:
+    return getattr(annotation, "__name__", str(annotation))

@@ -154,6 +154,20 @@ def _texts(section: type) -> dict[str, str]:
     return found
 
 
+def imported(path: str, choices: str = "`my_package.module:my_function`") -> Any:
+    """What `my_package.module:name` names. Raises ValueError where there is no such thing."""
+    module_name, colon, name = path.partition(":")
+    if not colon or not name:
+        raise ValueError(f"{path!r} names no function; write {choices}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name!r} for {path!r}: {error}") from None
+    if not hasattr(module, name):
+        raise ValueError(f"module {module_name!r} has no {name!r}{did_you_mean(name, vars(module))}")
+    return getattr(module, name)
+
+
 def did_you_mean(word: str, known: Any) -> str:
     """`; did you mean 'x'?`, or the list of what there is."""
     near = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.6)

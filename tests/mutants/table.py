@@ -8,6 +8,9 @@ from dataclasses import dataclass
 LOSSES, LAYOUTS, PROPERTIES, SAMPLING = "test_losses.py", "test_layouts.py", "test_properties.py", "test_sampling.py"
 ALONE = "test_tree_padded_and_each_sequence_alone_give_the_same_log_probs_and_gradients"
 SPLIT = "test_splitting_a_batch_does_not_change_the_gradient_or_the_figures"
+PAIRS = "test_preference_objectives.py"
+FORMULA = "test_every_objective_on_pairs_is_its_formula_on_the_answers_alone"
+CREDIT = "test_ppos_credit_is_its_formula_token_by_token[settings0]"
 RESUME = "test_two_updates_a_resume_and_two_more_are_four_updates_bit_for_bit"
 
 
@@ -40,8 +43,8 @@ MUTANTS = [
     Mutant(
         "labels shifted by one: a state is asked for the token that it has read",
         "models/layout.py",
-        "layout.paths[first + b][np.flatnonzero(train[edges[b] : edges[b + 1]]) - 1]",
-        "layout.paths[first + b][np.flatnonzero(train[edges[b] : edges[b + 1]])]",
+        "return [place - 1 for place in at_trained(seqs)]",
+        "return [place for place in at_trained(seqs)]",
         f"{LAYOUTS}::{ALONE}[llama-float32]",
     ),
     Mutant(
@@ -169,5 +172,89 @@ MUTANTS = [
         "for name, parameter in model.named_parameters() if parameter.requires_grad}",
         "for name, parameter in model.named_parameters()}",
         f"{PROPERTIES}::test_frozen_means_frozen_and_the_optimizer_holds_nothing_else[lora-sft-sequences]",
+    ),
+    Mutant(
+        "a mean over the pairs of a micro-batch",
+        "objectives/preference.py",
+        'terms = {"preference": value.sum()}',
+        'terms = {"preference": value.mean()}',
+        f"{PROPERTIES}::{SPLIT}[float64-full-dpo-pairs]",
+    ),
+    Mutant(
+        "the policy's own log-probabilities taken for the reference's",
+        "objectives/preference.py",
+        "return batch.with_refs(*roles.reference.sums(*batch.sequences))",
+        "return batch.with_refs(*replace(roles.reference, lm=policy).sums(*batch.sequences))",
+        f"{PAIRS}::{FORMULA}[dpo-pairs]",
+    ),
+    Mutant(
+        "the reference is asked with the policy's weights in place",
+        "models/roles.py",
+        "with torch.no_grad(), self.switch():",
+        "with torch.no_grad():",
+        f"{PAIRS}::test_after_an_update_the_reference_still_says_what_it_said",
+    ),
+    Mutant(
+        "the margin with the wrong sign",
+        "objectives/preference.py",
+        "return self.per_margin(chosen - rejected)",
+        "return self.per_margin(rejected - chosen)",
+        f"{PAIRS}::{FORMULA}[dpo-pairs]",
+    ),
+    Mutant(
+        "prompt tokens in the log-probability of an answer",
+        "data/rows.py",
+        "Prompted(prompt + answer, (), where, len(prompt))",
+        "Prompted(prompt + answer, (), where, 0)",
+        "test_dataset.py::test_an_earlier_answer_in_the_prompt_of_a_pair_belongs_to_the_prompt",
+    ),
+    Mutant(
+        "the reference point of KTO is that of a micro-batch",
+        "objectives/unpaired.py",
+        "value = self.per_answer(ratio, batch.good, batch.point.to(sums.dtype))",
+        "value = self.per_answer(ratio, batch.good, ratio.detach().mean().clamp(min=0))",
+        f"{PAIRS}::test_ktos_z_is_that_of_the_whole_update_whatever_the_micro_batches[3]",
+    ),
+    Mutant(
+        "a score is read one token too early",
+        "models/layout.py",
+        "return [np.array([length - 1]) for length in seqs.lengths.tolist()]",
+        "return [np.array([max(0, length - 2)]) for length in seqs.lengths.tolist()]",
+        f"{LAYOUTS}::test_scores_values_and_step_scores_are_those_of_the_model_on_each_sequence_alone[llama]",
+    ),
+    Mutant(
+        "the critic is asked about the state after a token, which knows it",
+        "models/scalar.py",
+        "return self.of(self.hidden(seqs))",
+        "return self.step_scores(seqs)",
+        f"{PROPERTIES}::test_ppos_loss_is_its_formula_token_by_token",
+    ),
+    Mutant(
+        "the critic's loss is a mean over the tokens of prompts, too",
+        "objectives/ppo.py",
+        'return {"policy": tokens, "value": tokens}',
+        'return {"policy": tokens, "value": len(batch.rollouts.seqs.tokens)}',
+        f"{PROPERTIES}::test_ppos_loss_is_its_formula_token_by_token",
+    ),
+    Mutant(
+        "an advantage looks into the next sequence",
+        "losses/credit.py",
+        "torch.where(last, torch.zeros_like(value), value.roll(-1))",
+        "value.roll(-1)",
+        f"{PROPERTIES}::{CREDIT}",
+    ),
+    Mutant(
+        "the score of an answer rewards its first token",
+        "objectives/ppo.py",
+        "last = seqs.trained_lengths.cumsum(0)[written] - 1",
+        "last = (seqs.trained_lengths.cumsum(0) - seqs.trained_lengths)[written]",
+        f"{PROPERTIES}::{CREDIT}",
+    ),
+    Mutant(
+        "a resumed run forgets what its controllers have come to",
+        "models/roles.py",
+        "self.controls.update(controls)",
+        "pass",
+        f"{PROPERTIES}::{RESUME}[full-bco-labelled]",
     ),
 ]

@@ -29,7 +29,7 @@ def outcome(planned: Planned, record: dict[str, Any]) -> str:
     figures = [
         f"{name} {figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
         for name, figure in record.get("metrics", {}).items()
-        if name in {"pass@1", "greedy", "nll"} and None not in figure.values()
+        if name in {"pass@1", "greedy", "nll", "score", "accuracy", "longer_wins", "kl"} and None not in figure.values()
     ]
     if record.get("best"):
         figures.append(f"best {record['best']['value']:.4g} at step {record['best']['step']}")
@@ -38,8 +38,12 @@ def outcome(planned: Planned, record: dict[str, Any]) -> str:
     return f"{planned.name}: " + ", ".join(figures or ["done"])
 
 
+TOLD = ("accuracy", "reward", "kl")  # beside the losses
+
+
 def figures_of(metrics: dict[str, float]) -> str:
-    shown = [(name.removeprefix("loss/"), metrics[name]) for name in ("nll", "loss/policy", "reward") if name in metrics]
+    losses = [name for name in metrics if name.startswith("loss/") and name.removeprefix("loss/") not in metrics]
+    shown = [(name.removeprefix("loss/"), metrics[name]) for name in ("nll", *losses, *TOLD) if name in metrics][:4]
     speed = metrics["tokens"] / max(metrics["seconds"], 1e-9)
     return ", ".join([*(f"{name} {value:.4f}" for name, value in shown), f"{speed:,.0f} tokens/s"])
 

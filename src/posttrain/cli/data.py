@@ -9,7 +9,7 @@ import typer
 def data(
     file: Annotated[str, typer.Argument(help="A data file, or posttrain:data/NAME for one that comes with posttrain.")],
     format: Annotated[
-        str | None, typer.Option(help="messages, prompt_completion, text, problem, preference; found if not given.")
+        str | None, typer.Option(help="A kind, such as preference, or a mapping as in a recipe; found if not given.")
     ] = None,
     model: Annotated[
         str, typer.Option(help="The model whose tokenizer and template render the examples.")
@@ -24,9 +24,11 @@ def data(
     """Read a data file: how many rows are usable, what was dropped and why, and a few as the model will see them.
 
     Example: posttrain data train.jsonl --format prompt_completion --field completion=response
+    or: posttrain data posttrain:data/reviews_test.jsonl.gz --format '{kind: labelled, good: positive}'
     """
     from pydantic import ValidationError
 
+    from posttrain import yaml
     from posttrain.data.dataset import Data, describe
     from posttrain.errors import DataError
 
@@ -34,7 +36,10 @@ def data(
         raise DataError(f"--field {bad[0]}: write it as wanted=column")
     section: dict[str, Any] = {"sources": {"kind": "file", "path": file}, "max_tokens": max_tokens}
     if format is not None:
-        section["format"] = {"kind": format, "fields": dict(pair.split("=", 1) for pair in fields or [] if "=" in pair)}
+        given = yaml.parse(f"format: {format}", "--format").value["format"]
+        named = dict(given) if isinstance(given, dict) else {"kind": given}
+        mapped = dict(pair.split("=", 1) for pair in fields or [])
+        section["format"] = {**named, "fields": {**named.get("fields", {}), **mapped}}
     elif fields:
         raise DataError("--field goes with --format: say which format's field it is")
     try:

@@ -11,10 +11,24 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from posttrain.component import Settings
 from posttrain.data.format import Format, Unusable, detect
-from posttrain.data.render import Making, Rendering, Template
+from posttrain.data.render import Making, Template
+from posttrain.data.rows import making_row
 from posttrain.data.source import Raw, Source
 from posttrain.errors import DataError, InputError
-from posttrain.text import Completion, Conversation, Preference, Problem, Row, Text
+from posttrain.text import (
+    Completion,
+    Conversation,
+    Labelled,
+    Message,
+    Preference,
+    Problem,
+    Ranking,
+    RenderedRow,
+    Rendering,
+    Row,
+    Steps,
+    Text,
+)  # fmt: skip
 
 TOO_LONG = "longer than max_tokens"
 
@@ -103,35 +117,39 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Rows as the model sees them: (tokens, marks of the trained ones), one list per source, in the order of the files.
+    """Rows as the model sees them, one list per source, in the order of the files.
 
     places[s][i] is the file and line of rows[s][i]; a document that was cut gives several rows of one place.
     """
 
-    rows: list[list[Rendering]]
+    rows: list[list[RenderedRow]]
     places: list[list[str]]
     count: int
     dropped: dict[str, Dropped]
 
     @property
+    def sequences(self) -> list[Rendering]:
+        return [sequence for rows in self.rows for row in rows for sequence in row.sequences]
+
+    @property
     def tokens(self) -> int:
-        return sum(len(tokens) for rows in self.rows for tokens, _ in rows)
+        return sum(len(tokens) for tokens, _ in self.sequences)
 
     @property
     def trained(self) -> int:
-        return sum(sum(train) for rows in self.rows for _, train in rows)
+        return sum(sum(train) for _, train in self.sequences)
 
     @property
     def longest(self) -> int:
-        return max(len(tokens) for rows in self.rows for tokens, _ in rows)
+        return max(len(tokens) for tokens, _ in self.sequences)
 
     @property
     def usable(self) -> int:
         return self.count - Drops(self.dropped).total
 
     def summary(self) -> list[str]:
-        sequences = sum(map(len, self.rows))
-        shape = f"{sequences:,} sequences, {self.tokens:,} tokens, {self.trained:,} of them trained, longest {self.longest:,}"
+        sizes = f"{len(self.sequences):,} sequences, {self.tokens:,} tokens, {self.trained:,} of them trained"
+        shape = f"{sizes}, longest {self.longest:,}"
         return [f"{self.usable:,} of {self.count:,} rows are usable: {shape}", *Drops(self.dropped).lines(self.count)]
 
 
@@ -195,37 +213,33 @@ class Data(Settings):
 
     def render(self, loaded: Loaded, template: Template) -> Rendered:
         """The rows as tokens and marks. Raises DataError where none is left, or one is too long and `too_long` is error."""
-        rows: list[list[Rendering]] = []
+        rows: list[list[RenderedRow]] = []
         places: list[list[str]] = []
         left_out: list[dict[str, Dropped]] = []
         for name, source, count, before in zip(loaded.names, loaded.rows, loaded.counts, loaded.left_out, strict=True):
             drops, kept = Drops(before), []
-            for row, made in zip(source, template.together(self.sequences(row, template) for row in source), strict=True):
+            for row, made in zip(source, template.together(self.rendered(row, template) for row in source), strict=True):
                 if isinstance(made, Unusable):
                     drops.add(str(made), row.where)
                 elif isinstance(made, InputError):
                     raise made
                 else:
-                    kept += [(sequence, row.where) for sequence in made]
+                    kept += [(each, row.where) for each in made]
             drops.refuse_nothing(name, count)
-            rows.append([sequence for sequence, _ in kept])
+            rows.append([each for each, _ in kept])
             places.append([where for _, where in kept])
             left_out.append(drops.found)
         return Rendered(rows, places, loaded.count, merged(left_out))
 
-    def sequences(self, row: Row, template: Template) -> Making[list[Rendering]]:
-        """What is trained on for one row: one sequence, or the pieces of a document."""
+    def rendered(self, row: Row, template: Template) -> Making[list[RenderedRow]]:
+        """What is trained on for one row: one rendered row, or one for each piece of a document."""
         if isinstance(row, Text):
-            return template.pieces((yield from template.making_document(row.text)), self.max_tokens)
-        if isinstance(row, Completion):
-            sequence = yield from template.making_completion(row)
-        elif isinstance(row, Conversation):
-            sequence = yield from template.making_conversation(row, self.learn)
-        else:
-            held = "pairs of answers" if isinstance(row, Preference) else "no answers to learn from"
-            raise DataError(f"{row.where}: this row holds {held}; what learns from single answers reads the formats {SINGLE}")
-        self._refuse_long(len(sequence[0]), row.where)
-        return [sequence]
+            document = yield from template.making_document(row.text)
+            return [RenderedRow((piece,)) for piece in template.pieces(document, self.max_tokens)]
+        made = yield from making_row(row, template, self.learn)
+        for tokens, _ in made.sequences:  # a pair goes with its longer side
+            self._refuse_long(len(tokens), row.where)
+        return [made]
 
     def _refuse_long(self, length: int, where: str) -> None:
         if length <= self.max_tokens:
@@ -234,9 +248,6 @@ class Data(Settings):
             what = f"{where}: {length:,} tokens, but max_tokens is {self.max_tokens:,}"
             raise DataError(f"{what}; raise data.max_tokens, or drop such rows with data.too_long: drop")
         raise Unusable(TOO_LONG)
-
-
-SINGLE = "messages, prompt_completion and text"
 
 
 def parsed(raws: list[Raw], format: Format, drops: Drops) -> Iterator[Row]:
@@ -287,7 +298,7 @@ class Description:
             ],
         }
         if self.rendered:
-            sizes = {"sequences": sum(map(len, self.rendered.rows)), "tokens": self.rendered.tokens}
+            sizes = {"sequences": len(self.rendered.sequences), "tokens": self.rendered.tokens}
             found |= sizes | {"trained": self.rendered.trained, "longest": self.rendered.longest}
         return found
 
@@ -308,14 +319,27 @@ def describe(data: str | Path | Data, template: Template | None = None, show: in
         data = Data.model_validate({"sources": {"kind": "file", "path": str(data)}})
     loaded = data.read()
     rows = [row for source in loaded.rows for row in source]
-    single = all(isinstance(row, Conversation | Completion | Text) for row in rows)
-    rendered = data.render(loaded, template) if template and single else None
+    answered = not any(isinstance(row, Problem) for row in rows)
+    rendered = data.render(loaded, template) if template and answered else None
     if rendered and template:
-        placed = zip(chain(*rendered.places), chain(*rendered.rows), strict=True)
-        examples = [Example(where, template.spans(*row)) for where, row in islice(placed, show)]
+        kinds = chain(*([kind] * len(each) for kind, each in zip(loaded.formats, rendered.rows, strict=True)))
+        placed = zip(chain(*rendered.places), chain(*rendered.rows), kinds, strict=True)
+        examples = [
+            Example(where + said, template.spans(*each))
+            for where, row, kind in islice(placed, show)
+            for each, said in zip(row.sequences, _said(row, kind), strict=True)
+        ]
     else:
         examples = [Example(row.where, spans) for row in rows[:show] for spans in _views(row, template)]
     return Description(loaded, rendered, examples)
+
+
+def _said(row: RenderedRow, kind: str) -> list[str]:
+    """What the numbers of a row say of each of its sequences."""
+    if kind == "preference":
+        return [" (chosen)", " (rejected)"]
+    scored = kind in {"labelled", "ranking", "graded"}
+    return [f" ({number:g})" for number in row.numbers] if scored else [""] * len(row.sequences)
 
 
 def _views(row: Row, template: Template | None) -> list[list[tuple[str, bool]]]:
@@ -324,7 +348,7 @@ def _views(row: Row, template: Template | None) -> list[list[tuple[str, bool]]]:
         answer = [] if row.answer is None else [(f"\n[answer] {row.answer}", False)]
         text = template.decode(template.prompt(row.prompt)) if template else _chat(row.prompt)
         return [[(text, False), *answer]]
-    if isinstance(row, Preference):
+    if isinstance(row, Preference | Labelled | Ranking | Steps):
         return [[(f"{_chat(row.prompt)}\n[{name}] ", False), (_chat(side), True)] for name, side in _sides(row)]
     if isinstance(row, Conversation):
         return [[(_chat((message,)) + "\n", message.role == "assistant") for message in row.messages]]
@@ -333,8 +357,16 @@ def _views(row: Row, template: Template | None) -> list[list[tuple[str, bool]]]:
     return [[(row.text if len(row.text) <= 400 else row.text[:400] + "...", True)]]
 
 
-def _sides(row: Preference) -> list[tuple[str, Any]]:
-    return [("chosen", row.chosen), ("rejected", row.rejected)]
+def _sides(row: Preference | Labelled | Ranking | Steps) -> list[tuple[str, tuple[Message, ...]]]:
+    """The answers of a row, each with what is said of it."""
+    if isinstance(row, Preference):
+        return [("chosen", row.chosen), ("rejected", row.rejected)]
+    if isinstance(row, Labelled):
+        return [("good" if row.good else "bad", row.completion)]
+    if isinstance(row, Ranking):
+        return [(f"{score:g}", answer) for score, answer in zip(row.scores, row.completions, strict=True)]
+    steps = "\n".join(f"{step} [{right:g}]" for step, right in zip(row.steps, row.right, strict=True))
+    return [("steps", (Message("assistant", steps),))]
 
 
 def _chat(messages: Any) -> str:

@@ -13,9 +13,8 @@ from typing import Any, Literal, TypeVar
 
 from posttrain.data.format import Prompted, Unusable
 from posttrain.errors import InputError, TemplateError
-from posttrain.text import Completion, Conversation, Message
+from posttrain.text import Completion, Conversation, Message, Rendering, Steps
 
-Rendering = tuple[list[int], list[bool]]
 Made = TypeVar("Made")
 Making = Generator[str, list[int], Made]  # yields a text, is sent its tokens, returns what it has made of them
 TOGETHER = 64  # rows rendered side by side; more are no faster
@@ -80,6 +79,25 @@ class Template:
             train[start:stop] = [True] * (stop - start)
         train[0] = False
         return tokens[:stop], train[:stop]
+
+    def making_steps(self, row: Steps) -> Making[Rendering]:
+        """Tokens, and marks of the token that ends each step: the line break behind it; behind the last, the end of the turn."""
+        answer = Message("assistant", "\n".join(row.steps))
+        conv = Conversation((*row.prompt, answer), (), row.where)
+        tokens, _ = yield from self.making_conversation(conv, "last")
+        text = self._text(conv.messages, ())
+        upto = self._asked(conv, len(row.prompt), text)
+        if not text.startswith(upto + answer.content):
+            raise Unusable("the chat template changes the text of an answer")
+        ends = [False] * len(tokens)
+        for step in row.steps[:-1]:
+            upto += step + "\n"
+            prefix = yield upto
+            if tokens[: len(prefix)] != prefix:
+                raise Unusable("the tokenizer merges the end of a step with what follows")
+            ends[len(prefix) - 1] = True
+        ends[-1] = True
+        return tokens, ends
 
     def _span(self, conv: Conversation, index: int, text: str, tokens: list[int]) -> Making[tuple[int, int]]:
         """Where answer `index` begins and ends in the whole rendering."""
@@ -161,12 +179,16 @@ class Template:
             raise made
         return made
 
+    def control_in(self, text: str) -> str | None:
+        """The first control token that a text spells, and would become; None where it spells none."""
+        found = self._controls.search(text) if self._controls else None
+        return found[0] if found else None
+
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         """Text that spells a control token would become that token: a turn could end in the middle of a message."""
         for message in messages:
-            found = self._controls.search(message.content) if self._controls else None
-            if found:
-                raise Unusable(f"a message spells the control token {found[0]}")
+            if (found := self.control_in(message.content)) is not None:
+                raise Unusable(f"a message spells the control token {found}")
 
     # what the template can do, found by rendering two small chats
 

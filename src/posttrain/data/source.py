@@ -123,6 +123,22 @@ class Inline(Source, kind="inline"):
         return (Raw(item, f"inline:{number}") for number, item in enumerate(self.items, 1))
 
 
+class StageRows(Source, kind="stage"):
+    """The rows that another stage of the recipe makes."""
+
+    stage: str
+    """The stage's name."""
+
+    def label(self) -> str:
+        return f"the rows of stage {self.stage}"
+
+    def first(self) -> Raw | None:
+        return None  # they are not made yet
+
+    def all_rows(self) -> Iterator[Raw]:
+        raise DataError(f"{self.label()}: only a recipe's stage can read them")
+
+
 class Hub(Source, kind="hub"):
     """A data set of the hub, or anything else that `datasets.load_dataset` loads."""
 

@@ -6,7 +6,7 @@ segment are one contiguous range. `padded` is the plain layout for models that c
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -114,8 +114,7 @@ def micro_batches(batch: Batch, budget: int) -> list[list[int]]:
 
     A prefix that neighbours share counts once, as it is laid; rows that share one are neighbours.
     """
-    columns = [[np.asarray(row, dtype=np.int64) for row in seqs.rows()] for seqs in batch.sequences]
-    units = list(zip(*columns, strict=True))
+    units = [tuple(np.asarray(row, dtype=np.int64) for row in rows) for rows in batch.row_tokens]
     order = sorted(range(len(units)), key=lambda index: [row.tolist() for row in units[index]])
     alone = [_added((), units[index]) for index in order]
     after = [0, *(_added(units[one], units[other]) for one, other in pairwise(order))][: len(order)]
@@ -146,18 +145,29 @@ def _added(before: Sequence[np.ndarray], unit: Sequence[np.ndarray]) -> int:
     return total
 
 
-def predictors(layout: Tree, batches: Sequence[Sequences]) -> list[Int[Tensor, " N"]]:
-    """For each of `batches` (laid out together, in order), the row index of the state that predicts each trained token."""
-    found, first = [], 0
-    for seqs in batches:
-        train, edges = seqs.train.cpu().numpy(), seqs.starts.tolist()
-        index = [
-            layout.paths[first + b][np.flatnonzero(train[edges[b] : edges[b + 1]]) - 1]  # the token before each trained one
-            for b in range(seqs.count)
-        ]
-        first += seqs.count
-        found.append(torch.from_numpy(np.concatenate(index) if index else np.empty(0, dtype=np.int64)))
-    return found
+Places = Callable[[Sequences], list[np.ndarray]]  # for each sequence, which of its tokens
+
+
+def before_trained(seqs: Sequences) -> list[np.ndarray]:
+    """The token before each trained one, whose state predicts it: the shift between states and tokens, which exists only here."""
+    return [place - 1 for place in at_trained(seqs)]
+
+
+def at_trained(seqs: Sequences) -> list[np.ndarray]:
+    """Each trained token itself."""
+    train, edges = seqs.train.cpu().numpy(), seqs.starts.tolist()
+    return [np.flatnonzero(train[start:stop]) for start, stop in pairwise(edges)]
+
+
+def at_last(seqs: Sequences) -> list[np.ndarray]:
+    """The last token of each sequence."""
+    return [np.array([length - 1]) for length in seqs.lengths.tolist()]
+
+
+def indices(tree: Tree, batches: Sequence[Sequences], places: Places) -> list[Int[Tensor, " N"]]:
+    """For each of `batches` (laid out together, in order), the row indices of the tokens that `places` names."""
+    paths = iter(tree.paths)
+    return [_flat([next(paths)[place] for place in places(seqs)]) for seqs in batches]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +176,6 @@ class Padded:
 
     tokens: Int[Tensor, "B L"]
     valid: Bool[Tensor, "B L"]
-    predictors: tuple[tuple[Int[Tensor, " N"], Int[Tensor, " N"]], ...]  # (row, column) of each trained token's predictor
 
 
 def padded(batches: Sequence[Sequences]) -> Padded:
@@ -174,10 +183,18 @@ def padded(batches: Sequence[Sequences]) -> Padded:
     rows = [torch.tensor(row, dtype=torch.long) for seqs in batches for row in seqs.rows()]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
-    valid = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+    return Padded(tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None])
+
+
+def cells(batches: Sequence[Sequences], places: Places) -> list[tuple[Int[Tensor, " N"], Int[Tensor, " N"]]]:
+    """For each of `batches` (padded together, in order), the rows and columns of the tokens that `places` names."""
     found, first = [], 0
     for seqs in batches:
-        offset = torch.arange(len(seqs.tokens)) - seqs.starts[:-1].cpu().repeat_interleave(seqs.lengths.cpu())
-        found.append((first + seqs.owner.cpu(), offset[seqs.train.cpu()] - 1))
+        columns = places(seqs)
+        found.append((_flat([np.full(len(place), first + row) for row, place in enumerate(columns)]), _flat(columns)))
         first += seqs.count
-    return Padded(tokens, valid, tuple(found))
+    return found
+
+
+def _flat(parts: list[np.ndarray]) -> Int[Tensor, " N"]:
+    return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64))

@@ -3,22 +3,29 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from posttrain.errors import ModelError
 from posttrain.models import layout
 from posttrain.models.attention import TreePlan
-from posttrain.models.lm import LM, LayoutName
+from posttrain.models.backbone import Backbone, LayoutName
+from posttrain.models.lm import LM
+from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import ModelSource
 from posttrain.paths import resolve
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WHOLE_ROW_ROPE = {"dynamic", "longrope"}  # position scaling that depends on the length of the whole row
@@ -32,28 +39,101 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class LoadedScalar:
+    """A model that scores, and its tokenizer."""
+
+    lm: ScalarLM
+    tokenizer: PreTrainedTokenizerBase
+
+
 def load(source: ModelSource | str | Path) -> Loaded:
     """Loads a causal LM. Raises ModelError for what transformers cannot load, or what posttrain cannot train rightly."""
+    source = _resolved(source)
+    model, tokenizer, report = _from_pretrained(AutoModelForCausalLM, source)
+    if "score.weight" in report["unexpected_keys"]:
+        raise ModelError(f"{source.path}: is a reward model: it scores and does not write; name a language model")
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{source.path}: the weights lack {missing[0]} ({len(missing)} missing in all); the file is not whole")
+    return Loaded(wrap(model, source), tokenizer)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model alone. Raises ModelError where transformers cannot load it."""
+    source = _resolved(source)
+    folder = source.folder()
+    try:
+        return AutoTokenizer.from_pretrained(str(folder) if folder else source.path, revision=source.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.path}: transformers cannot load this tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def load_scalar(source: ModelSource | str | Path, fresh: Callable[[Tensor], Any] | None = None) -> LoadedScalar:
+    """Loads a model that scores sequences: a reward model or a critic.
+
+    fresh: what fills the weight [1, D] of a score head in place, where the folder holds a causal LM and so has none; without
+    it a folder that has none is refused. Raises ModelError as `load`.
+    """
+    source = _resolved(source)
+    model, tokenizer, report = _from_pretrained(AutoModelForSequenceClassification, source, num_labels=1)
+    missing = sorted(report["missing_keys"])
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ModelError(
+            f"{source.path}: transformers gives {type(model).__name__} no linear layer `score`; take a decoder such as Llama"
+        )
+    model.score.to(torch.promote_types(model.score.weight.dtype, torch.float32))  # a difference of 1e-3 is a preference
+    if missing == ["score.weight"] and fresh is not None:
+        with torch.no_grad():
+            fresh(model.score.weight)
+    elif missing == ["score.weight"]:
+        raise ModelError(f"{source.path}: is no reward model: it has no `score`; train one with objective bradley_terry")
+    elif missing or report["mismatched_keys"]:
+        odd = [*missing, *(str(each[0]) for each in report["mismatched_keys"])]
+        raise ModelError(f"{source.path}: the weights lack {odd[0]} ({len(odd)} missing in all); it is no whole reward model")
+    elif (head := _stored_head(source.folder())) is not None:
+        with torch.no_grad():
+            model.score.weight.copy_(head)
+    return LoadedScalar(wrap_scalar(model, source), tokenizer)
+
+
+def _stored_head(folder: Path | None) -> Tensor | None:
+    """The score head of a local folder as it was stored: not rounded to the dtype that the model is loaded in."""
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
+        with safe_open(file, framework="pt") as weights:
+            if "score.weight" in weights.keys():  # noqa: SIM118
+                return weights.get_tensor("score.weight")
+    return None
+
+
+def _resolved(source: ModelSource | str | Path) -> ModelSource:
     if not isinstance(source, ModelSource):
         source = ModelSource(path=str(source))
     assert source.path is not None, "a stage is resolved to its folder before loading"
     source.check()
+    return source
+
+
+def _from_pretrained(auto: Any, source: ModelSource, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
+    """The model on its device, its tokenizer, and what transformers reports of the loading."""
+    assert source.path is not None
     folder = source.folder()
     name = str(folder) if folder else source.path
     transformers_logging.disable_progress_bar()
+    loudness = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # that a score head is new is known
     trust = source.trust_remote_code is not None
     shared: dict[str, Any] = {"revision": source.trust_remote_code or source.revision, "trust_remote_code": trust}
     try:
-        config = AutoConfig.from_pretrained(name, **shared)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(name, **shared, **options)
+        model, report = auto.from_pretrained(
             name, config=config, dtype=DTYPES[source.dtype], use_safetensors=True, output_loading_info=True, **shared
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **shared)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source.path}: transformers cannot load this model: {first}") from None
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"{source.path}: the weights lack {missing[0]} ({len(missing)} missing in all); the file is not whole")
+    finally:
+        transformers_logging.set_verbosity(loudness)
     if source.chat_template is not None:
         tokenizer.chat_template = resolve(source.chat_template).read_text(encoding="utf-8")
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -67,21 +147,33 @@ def load(source: ModelSource | str | Path) -> Loaded:
         model = model.to(device)
     except (AssertionError, RuntimeError) as error:
         raise ModelError(f"{source.path}: device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return Loaded(wrap(model, source), tokenizer)
+    return model, tokenizer, report
+
+
+Wrapped = TypeVar("Wrapped", LM, ScalarLM)
 
 
 def wrap(model: PreTrainedModel, source: ModelSource) -> LM:
-    """An LM around a transformers model, in the layout that it takes."""
+    """An LM around a transformers causal LM, in the layout that it takes."""
+    return _wrapped(LM, model, source, head_gap)
+
+
+def wrap_scalar(model: PreTrainedModel, source: ModelSource) -> ScalarLM:
+    """A ScalarLM around a transformers sequence classifier with one output, in the layout that it takes."""
+    return _wrapped(ScalarLM, model, source, score_gap)
+
+
+def _wrapped(kind: type[Wrapped], model: PreTrainedModel, source: ModelSource, gap_of: Callable[[Wrapped], float]) -> Wrapped:
     model.eval()
     model.config.use_cache = False
     able = source.layout != "padded" and takes_the_tree(model)
     if source.layout == "tree" and not able:
         raise ModelError(f"{source.path}: {type(model).__name__} does not take layout: tree; use layout: auto, or padded")
     name: LayoutName = "tree" if able else "padded"
-    lm = LM(model, name, mixed=source.dtype == "mixed")
-    if (gap := head_gap(lm)) > 1e-2:
+    lm = kind(model, name, mixed=source.dtype == "mixed")
+    if (gap := gap_of(lm)) > 1e-2:
         raise ModelError(
-            f"{source.path}: this architecture ({type(model).__name__}) does something to its logits that posttrain does "
+            f"{source.path}: this architecture ({type(model).__name__}) does something to its {lm.gives} that posttrain does "
             f"not know: they differ from the model's own by {gap:.3g}; please report it"
         )
     if source.gradient_checkpointing:
@@ -130,7 +222,7 @@ def takes_the_tree(model: PreTrainedModel) -> bool:
     draw = torch.Generator().manual_seed(0)
     prefix, one, other, apart = (torch.randint(0, vocabulary, (size,), generator=draw).tolist() for size in (16, 7, 6, 15))
     together, alone = [prefix + one, prefix + other, apart], []
-    lm = LM(model, "tree")
+    lm = Backbone(model, "tree")
     try:
         with torch.no_grad():
             tree = layout.tree(together)
@@ -156,7 +248,22 @@ def head_gap(lm: LM) -> float:
         return _relative(ours, lm.model(input_ids=ids, use_cache=False).logits[0])
 
 
-def _relative(one: "Tensor", other: "Tensor") -> float:
+def score_gap(lm: ScalarLM) -> float:
+    """The difference between `ScalarLM.of` the last state and the model's own score of 8 tokens, relative where it is large."""
+    pad, vocabulary = lm.model.config.get_text_config().pad_token_id, lm.model.get_input_embeddings().weight.shape[0]
+    tokens = [token % vocabulary for token in range(3, 11) if token % vocabulary != pad]  # the model passes over pads at the end
+    ids = torch.tensor([tokens], device=lm.device)
+    cast = lm.head.register_forward_pre_hook(lambda head, states: (states[0].to(head.weight.dtype),))  # float32 on bfloat16
+    try:
+        with torch.no_grad():
+            ours = lm.of(lm.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1:])[0] - lm.shift
+            theirs = lm.model(input_ids=ids, use_cache=False).logits[0, 0]
+    finally:
+        cast.remove()
+    return float((ours - theirs).abs() / theirs.abs().clamp(min=1.0))
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
     one, other = one.float(), other.float()
     return float((one - other).norm() / other.norm().clamp(min=1e-12))
 

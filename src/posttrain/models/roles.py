@@ -1,20 +1,21 @@
-"""Frozen models beside the policy: what an objective may ask for."""
+"""Models beside the policy that only look on, and what controllers have come to."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.batch import Sequences
+from posttrain.losses.aggregate import sequence_sums
 from posttrain.models.lm import LM
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A model that only looks on: the policy with its tuner switched off, or a model of its own."""
+    """A model that only looks on: the policy with its tuner switched off or its earlier weights in place, or one of its own."""
 
     lm: LM
     switch: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -25,9 +26,70 @@ class Frozen:
         with torch.no_grad(), self.switch():
             return self.lm.logprobs_of_many(seqs, self.micro_tokens, temperature)
 
+    def sums(self, *seqs: Sequences) -> list[Float[Tensor, " B"]]:
+        """log p of the trained tokens of each sequence, summed; prefixes are shared across all that is given."""
+        together = Sequences.joined(seqs)
+        logp = self.logprobs(together).double()  # a sum of thousands of terms keeps its digits
+        sums = sequence_sums(logp, together.owner.to(logp.device), together.count).float()
+        return list(sums.cpu().split([each.count for each in seqs]))
 
-@dataclass(frozen=True)
+
+@dataclass
+class Earlier:
+    """The trained weights as they were: a reference that costs one copy of what moves, and nothing else.
+
+    every: updates after which the copy moves towards the policy: copy <- mix * policy + (1 - mix) * copy (TR-DPO, arXiv
+    2404.09656; mix 1 replaces it). None: it stays.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    every: int | None = None
+    mix: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.copies: dict[str, Tensor] = {name: each.detach().clone() for name, each in self.parameters.items()}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it, the policy has these weights. No graph that reads the weights may be waiting for its backward."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data, self.copies[name] = self.copies[name], parameter.data
+
+    def follow(self, step: int) -> None:
+        """Called after each update with the number of updates so far."""
+        if self.every is not None and step % self.every == 0:
+            with torch.no_grad():
+                for name, copy in self.copies.items():
+                    copy.lerp_(self.parameters[name].detach(), self.mix)
+
+
+@dataclass
 class Roles:
-    """The frozen models of a run; None where the objective needs none."""
+    """What an objective may ask beside the policy; None where it needs none. `controls` are part of a run's state."""
 
     reference: Frozen | None = None
+    earlier: Earlier | None = None
+    controls: dict[str, float] = field(default_factory=dict)
+    micro_tokens: int = 8192
+
+    def follow(self, step: int) -> None:
+        if self.earlier is not None:
+            self.earlier.follow(step)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint must hold: a reference that has moved."""
+        moves = self.earlier is not None and self.earlier.every is not None
+        return {"reference": dict(self.earlier.copies)} if moves and self.earlier is not None else {}
+
+    def load(self, controls: Mapping[str, float], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.controls.update(controls)
+        if self.earlier is not None:
+            for name, value in tensors.get("reference", {}).items():
+                self.earlier.copies[name].copy_(value)

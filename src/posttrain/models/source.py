@@ -88,6 +88,36 @@ class ModelSource(Settings):
         return folder_fingerprint(folder)
 
 
+def refuse_other_tokens(role: str, source: ModelSource, policy: ModelSource) -> None:
+    """Raises ModelError where both tokenizers lie at hand and the role's lacks, or numbers otherwise, a token of the policy's.
+
+    What cannot be known from files (a hub model, another stage's) is checked when the models are loaded.
+    """
+    known = [None if each.path is None else _vocabulary(each.folder()) for each in (policy, source)]
+    if known[0] is not None and known[1] is not None:
+        compare_tokens(role, str(source.path), known[0], known[1])
+
+
+def compare_tokens(role: str, name: str, ours: dict[str, int], theirs: dict[str, int]) -> None:
+    """Raises ModelError with the first token of ours that theirs lacks, or numbers otherwise."""
+    odd = min((token for token, index in ours.items() if theirs.get(token) != index), key=ours.__getitem__, default=None)
+    if odd is not None:
+        number = "none" if odd not in theirs else f"number {theirs[odd]}"
+        raise ModelError(
+            f"{role}: {name} has another tokenizer than the policy ({odd!r} is number {ours[odd]} of the policy's and {number} "
+            f"there), so it would read other text than is written; take a {role} of the policy's family"
+        )
+
+
+def _vocabulary(folder: Path | None) -> dict[str, int] | None:
+    """{token: id} of a local tokenizer.json; None where there is none of a known form."""
+    try:
+        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) if folder is not None else {}
+        return dict(found["model"]["vocab"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def check_folder(folder: Path) -> None:
     """Raises ModelError for a folder that holds no loadable model, with what it lacks."""
     if not (folder / "config.json").is_file():

@@ -1,7 +1,18 @@
-"""What signal moves the parameters."""
+"""What signal moves the parameters. Importing this package registers the kinds."""
 
+from posttrain.objectives import preference as preference
+from posttrain.objectives import reward as reward
+from posttrain.objectives import unpaired as unpaired
 from posttrain.objectives.grpo import GRPO
 from posttrain.objectives.objective import Loss, Objective, OnPolicy
+from posttrain.objectives.online import XPO, OnlineDPO
+from posttrain.objectives.ppo import PPO
+from posttrain.objectives.preference import DPO, IPO, PreferenceObjective
+from posttrain.objectives.reward import BradleyTerry, RewardObjective
 from posttrain.objectives.sft import SFT, Pretrain
+from posttrain.objectives.unpaired import KTO
 
-__all__ = ["GRPO", "SFT", "Loss", "Objective", "OnPolicy", "Pretrain"]
+__all__ = [
+    "DPO", "GRPO", "IPO", "KTO", "PPO", "SFT", "XPO", "BradleyTerry", "Loss", "Objective", "OnPolicy", "OnlineDPO",
+    "PreferenceObjective", "Pretrain", "RewardObjective",
+]  # fmt: skip

@@ -42,7 +42,9 @@ class GRPO(OnPolicy, kind="grpo"):
     def needs(self) -> frozenset[str]:
         return frozenset({"reference"}) if self.kl else frozenset()
 
-    def credit(self, samples: "Sequence[Sample]", grades: "Sequence[Grade]", frozen: "Roles", temperature: float) -> "Rollouts":
+    def credit(
+        self, samples: "Sequence[Sample]", grades: "Sequence[Grade]", policy: "LM", roles: "Roles", temperature: float
+    ) -> "tuple[Rollouts, list[str]]":
         import torch
 
         from posttrain.batch import Rollouts, Sequences
@@ -55,9 +57,9 @@ class GRPO(OnPolicy, kind="grpo"):
         advantage = losses.group_advantages(scores, groups, self.scale) if scored else scores
         ref_logp = None
         if self.kl:
-            assert frozen.reference is not None
-            ref_logp = frozen.reference.logprobs(seqs, temperature).cpu()
-        return Rollouts(
+            assert roles.reference is not None
+            ref_logp = roles.reference.logprobs(seqs, temperature).cpu()
+        rollouts = Rollouts(
             seqs,
             sampled_logp=torch.tensor([value for sample, _ in scored for value in sample.logp], dtype=torch.float32),
             advantage=advantage[seqs.owner],
@@ -65,6 +67,7 @@ class GRPO(OnPolicy, kind="grpo"):
             ref_logp=ref_logp,
             temperature=temperature,
         )
+        return rollouts, [sample.problem.id for sample, _ in scored]
 
     def units(self, batch: "Rollouts") -> dict[str, int]:
         return {"policy": batch.seqs.trained if self.aggregate == "token" else batch.count}

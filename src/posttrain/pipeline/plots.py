@@ -13,10 +13,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
+    from posttrain.pipeline.frontier import Frontier
+
 # What is logged, its title and its unit (`%` begins that of a share), in the order of the page. The rest goes by its own name.
 LOGGED = {
     "nll": ("Loss", "nats per trained token"),
     "reward": ("Reward", "mean score of the samples"),
+    "accuracy": ("Better answer preferred", "% of pairs"),
+    "margin": ("Margin of log-ratios", "nats, chosen over rejected"),
+    "gap": ("Gap of the scores", "chosen over rejected"),
+    "chosen_ratio": ("Chosen against the reference", "nats an answer"),
+    "rejected_ratio": ("Rejected against the reference", "nats an answer"),
+    "chosen_logp": ("log p of the chosen", "nats an answer"),
+    "rejected_logp": ("log p of the rejected", "nats an answer"),
     "entropy": ("Entropy of the samples", "nats per token"),
     "length": ("Length of the samples", "tokens"),
     "cut_off": ("Samples cut off", "% of samples"),
@@ -28,12 +37,18 @@ LOGGED = {
     "mismatch": ("Trainer against sampler", "mean |difference| of log p"),
 }
 MACHINE = {"grad_norm": ("Gradient norm", "before clipping"), "lr": ("Learning rate", "rate")}
-VALIDATED = {"pass@1": "% of samples", "ended": "% of samples", "nll": "nats per token", "length": "tokens"}
+VALIDATED = {
+    "accuracy": "% of rows", "loss": "mean", "pass@1": "% of samples", "ended": "% of samples", "nll": "nats per token",
+    "length": "tokens",
+}  # fmt: skip
 FIRST = ("pass@1", "greedy", "nll", "score")  # of the validation metrics
 NOT_DRAWN = {"step", "tokens", "validation", "time"}
 
 INK, MUTED, GRID, LINE, MARK = "#010101", "#020202", "#030303", "#040404", "#050505"  # stand for the page's colours
+SERIES = tuple(f"#0606{index:02d}" for index in range(6))  # of the methods of a frontier
+SIGNS = ("o", "s", "^", "D", "v", "P")
 PAGE = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", LINE: "var(--line)", MARK: "var(--mark)"}
+PAGE |= {colour: f"var(--series{index})" for index, colour in enumerate(SERIES)}
 POINTS = 300  # at most so many are drawn of a curve
 WINDOWS = 25  # a running mean is over about a 25th of a curve
 NOISY = 50  # from so many points a running mean is drawn
@@ -224,6 +239,43 @@ def intervals_svg(names: Sequence[str], figures: Sequence[Figure], metric: str, 
         axes.tick_params(axis="y", labelcolor=INK, labelsize=8.5)
         axes.set_xlabel(f"{metric}, 95% interval", color=MUTED, fontsize=7.5, loc="right", labelpad=1)
         return svg_of(canvas, f"{place} {metric}")
+
+
+def frontier_svg(frontier: "Frontier", place: str) -> str:
+    """Score against KL with both intervals: a line for each method, a mark for each of its strengths."""
+    from matplotlib import rc_context
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    with rc_context(STYLE):
+        canvas, axes = _axes(6.6, 3.9, left=0.55, right=1.25, bottom=0.45, top=0.2)
+        ends = []
+        for index, (name, points) in enumerate(frontier.series.items()):
+            colour, sign = SERIES[index % len(SERIES)], SIGNS[index % len(SIGNS)]
+            kl, score = [each.kl.value for each in points], [each.score.value for each in points]
+            axes.plot(kl, score, color=colour, linewidth=1.2, zorder=2)
+            for each in points:
+                for figure, across in ((each.score, False), (each.kl, True)):
+                    if known(figure.low) and known(figure.high):
+                        span = [figure.low, figure.high]
+                        xs, ys = (span, [each.score.value] * 2) if across else ([each.kl.value] * 2, span)
+                        axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.55, zorder=1)
+            axes.plot(kl, score, sign, color=colour, markersize=5.5, zorder=3)
+            ends.append((score[-1], kl[-1], name, colour))
+        _scales(axes, percent=False)
+        axes.xaxis.set_major_locator(MaxNLocator(7))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        low, high = axes.get_ylim()
+        gap, above = (high - low) * 0.055, -math.inf
+        for height, along, name, colour in sorted(ends):  # names beside the last point of each line, none over another
+            above = max(height, above + gap)
+            axes.annotate(
+                name, (along, height), xytext=(1.02, (above - low) / (high - low)), textcoords="axes fraction", color=colour,
+                va="center", fontsize=8.5, fontweight="bold",
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5, "shrinkA": 2, "shrinkB": 4},
+            )  # fmt: skip
+        axes.set_xlabel("KL to the start, nats an answer", color=MUTED, fontsize=7.5, loc="right", labelpad=1)
+        axes.set_title("score", color=MUTED, fontsize=7.5, loc="left", pad=6)
+        return svg_of(canvas, f"{place} frontier")
 
 
 def _axes(

@@ -1,5 +1,6 @@
 """A recipe: one stage, or named stages that use each other's results. Everything wrong with it is said with file and line."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from pydantic_core import ErrorDetails
 
 from posttrain import yaml
 from posttrain.component import Component, Settings, did_you_mean
+from posttrain.data.source import StageRows
 from posttrain.errors import InputError, RecipeError
 from posttrain.models.source import ModelSource
 from posttrain.pipeline.stage import Stage, parts, references
 from posttrain.pipeline.stages import Create, Evaluate, Train
+from posttrain.pipeline.vary import expand
 
 __all__ = ["Create", "Evaluate", "Recipe", "Train"]
 
@@ -36,8 +39,8 @@ class Recipe(Settings):
     @classmethod
     def _plain_names(cls, stages: dict[str, Stage]) -> dict[str, Stage]:
         for name in stages:
-            if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"stage name {name!r}: use letters, digits, - and _")
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(f"stage name {name!r}: use letters, digits, dots, - and _")
         return stages
 
     @model_validator(mode="after")
@@ -56,6 +59,11 @@ class Recipe(Settings):
                     other = self.stages[part.stage].kind
                     raise ValueError(
                         f"stage {name!r} wants the model of stage {part.stage!r}, but a stage of kind {other} makes none"
+                    )
+                if isinstance(part, StageRows) and not self.stages[part.stage].makes_rows:
+                    other = self.stages[part.stage].kind
+                    raise ValueError(
+                        f"stage {name!r} wants the rows of stage {part.stage!r}, but a stage of kind {other} makes none"
                     )
         return self
 
@@ -95,6 +103,7 @@ class Recipe(Settings):
     def of(cls, document: yaml.Document, overrides: Sequence[str], name: str) -> Self:
         for setting in overrides:
             yaml.override(document, setting)
+        expand(document)
         value, single = document.value, "stages" not in document.value
         if single:  # one stage, written without the section
             stage = {key: each for key, each in value.items() if key not in GLOBAL}

@@ -7,12 +7,13 @@ template's escaping.
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from posttrain.evaluation.evaluate import RIGHT
+from posttrain.pipeline.frontier import frontiers
 from posttrain.pipeline.table import (
     HEADS,
     Ran,
@@ -55,7 +56,8 @@ def write_report(folder: Path) -> Path:
     environment.filters["clip"] = clip
     page = environment.get_template(TEMPLATE.name).render(
         title=run.recipe.get("title") or run.name, name=run.name, verdict=verdict(run, groups),
-        cautions=[*cautions(run), *run.notes, *notes], tables=[evaluation_table(run, group) for group in groups],
+        cautions=[*cautions(run), *run.notes, *notes], frontiers=frontier_plots(run),
+        tables=[evaluation_table(run, group) for group in groups],
         pipeline=[stage_row(stage) for stage in run.stages.values()], trainings=trainings,
         answers=[answers for group in groups if (answers := side_by_side(run, group))], **provenance(run),
     )  # fmt: skip
@@ -64,6 +66,15 @@ def write_report(folder: Path) -> Path:
     staged.write_text(page, encoding="utf-8")
     staged.replace(target)
     return target
+
+
+def frontier_plots(run: Run) -> list[Any]:
+    """A picture for each set of evaluations that measured a score and a divergence."""
+    from markupsafe import Markup
+
+    from posttrain.pipeline.plots import frontier_svg
+
+    return [Markup(frontier_svg(each, f"frontier {place}")) for place, each in enumerate(frontiers(run))]
 
 
 def visible(value: Any) -> Any:
@@ -106,7 +117,8 @@ def evaluation_table(run: Run, group: Sequence[Ran]) -> dict[str, Any]:
     against = {source_text(each.settings.get("kl_to")) for each in group if each.settings.get("kl_to")}
     return {
         "columns": [HEADS.get(name, name) for name in columns], "rows": rows, "plot": Markup(plot), "how": how,
-        "problems": ", ".join(map(str, counts)), "task": task_text(group[0].settings.get("task")),
+        "problems": ", ".join(map(str, counts)), "units": "pairs" if group[0].kind == "evaluate_pairs" else "problems",
+        "task": _asked(group[0]),
         "kl_to": listed(sorted(against)) if against else "",
     }  # fmt: skip
 
@@ -123,6 +135,9 @@ def stage_row(stage: Ran) -> dict[str, Any]:
         trained = f" ({parameters:,.0f} parameters)" if parameters else ""
         row["what"] = f"{kind_text(settings.get('objective'))}; tuner {kind_text(settings.get('tuner'))}{trained}"
         row["on"], row["how"] = list(_learned_from(settings, done)), list(_how_long(stage))
+    elif stage.kind in {"evaluate_pairs", "pairs"}:
+        row["what"] = "scores of pairs" if stage.kind == "evaluate_pairs" else _made_pairs(settings, done)
+        row["on"] = [_asked(stage)]
     elif stage.kind == "evaluate":
         row["what"] = "evaluation" + (f", KL to {source_text(settings['kl_to'])}" if settings.get("kl_to") else "")
         row["on"] = [task_text(settings.get("task"))]
@@ -130,6 +145,18 @@ def stage_row(stage: Ran) -> dict[str, Any]:
         row["what"] = f"new model, {parameters:,.0f} parameters" if parameters else stage.kind
         row["on"] = [_sources(settings.get("data"))] if settings.get("data") else []
     return row
+
+
+def _asked(stage: Ran) -> str:
+    """What an evaluation is about: a task, or pairs of answers."""
+    return task_text(stage.settings["task"]) if stage.settings.get("task") else _sources(stage.settings.get("data"))
+
+
+def _made_pairs(settings: dict[str, Any], done: dict[str, Any]) -> str:
+    pairs, agreement = number(done.get("pairs")), number(done.get("agreement"))
+    made = f"{pairs:,.0f} pairs" if pairs is not None else "pairs"
+    how = f" by {dig(settings, 'choice')}, grader {dig(settings, 'task', 'grader', 'kind')}"
+    return made + how + (f"; the winner has the higher score in {agreement:.0%}" if agreement is not None else "")
 
 
 def _cost(done: dict[str, Any]) -> Iterator[str]:
@@ -248,17 +275,24 @@ def samples_over_time(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(kept) > SHOWN_STEPS:
         kept = [kept[round(place * (len(kept) - 1) / (SHOWN_STEPS - 1))] for place in range(SHOWN_STEPS)]
     return [
-        {"step": step, "id": row.get("id"), "text": row.get("text"), **judged(row.get("score"))}
+        {"step": step, "id": row.get("id"), "text": row.get("text"), **judged(row.get("score"), open_scale(rows))}
         for step in kept
         for row in steps[step][:SHOWN_PER_STEP]
     ]
 
 
-def judged(score: Any) -> dict[str, str]:
+def open_scale(rows: Iterable[dict[str, Any]]) -> bool:
+    """Whether scores are on a scale of their own, on which no answer is simply right."""
+    return any(not 0 <= value <= 1 for row in rows if (value := number(row.get("score"))) is not None)
+
+
+def judged(score: Any, open_scale: bool = False) -> dict[str, str]:
     """How an answer was judged: a mark, a word, and a class for its colour."""
     value = number(score)
     if value is None:
         return {"mark": "?", "word": "not graded", "judged": "ungraded"}
+    if open_scale:
+        return {"mark": f"{value:.2f}", "word": "", "judged": "ungraded"}
     if value >= RIGHT:
         return {"mark": "✓", "word": "right", "judged": "right"}
     return {"mark": "✗", "word": "wrong" if value == 0 else f"wrong, score {value:.3g}", "judged": "wrong"}
@@ -277,24 +311,28 @@ def side_by_side(run: Run, group: Sequence[Ran]) -> dict[str, Any] | None:
     if not shared:
         return None
     kinds: dict[tuple[str, ...], list[str]] = {}
-    for name in shared:
+    wide = open_scale(rows[name] for _, rows in answered for name in shared)
+    for name in shared if not wide else ():
         kinds.setdefault(tuple(judged(rows[name].get("score"))["mark"] for _, rows in answered), []).append(name)
     order = sorted(kinds, key=lambda marks: (len(set(marks)) == 1, -len(kinds[marks])))
     unlike = [kinds[marks] for marks in order if len(set(marks)) > 1]
     alike = [kinds[marks] for marks in order if len(set(marks)) == 1]
     chosen = [name for part in (unlike, alike) for turn in zip_longest(*part) for name in turn if name is not None]
+    chosen = shared if wide else chosen
     problems = []
     for name in chosen[:SHOWN_ANSWERS]:
         about = answered[0][1][name]
         given = [(run.label(stage), rows[name]) for stage, rows in answered]
         texts = [
-            {"stage": label, "text": row.get("text"), "stop": row.get("stop"), **judged(row.get("score"))} for label, row in given
+            {"stage": label, "text": row.get("text"), "stop": row.get("stop"), **judged(row.get("score"), wide)}
+            for label, row in given
         ]
         problems.append({"id": name, "prompt": about.get("prompt"), "answer": about.get("answer"), "texts": texts})
     greedy = dig(group[0].settings, "evaluation", "greedy") is not False
     return {
         "stages": [run.label(stage) for stage, _ in answered], "shared": len(shared), "unlike": sum(map(len, unlike)),
-        "kinds": [(marks, len(kinds[marks])) for marks in order][:16], "greedy": greedy, "problems": problems,
+        "kinds": [(marks, len(kinds[marks])) for marks in order][:16], "greedy": greedy, "open": wide,
+        "problems": problems,
     }  # fmt: skip
 
 

@@ -4,18 +4,21 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel
 
 from posttrain.component import Component
 from posttrain.data.dataset import Data
+from posttrain.data.source import File, StageRows
 from posttrain.models.source import ModelSource
 from posttrain.paths import resolve
 from posttrain.pipeline.signals import Interrupted as Interrupted
 from posttrain.tasks import Task
 
 Metrics = dict[str, Any]
+Section = TypeVar("Section", bound=BaseModel)
+ROWS = "rows.jsonl"  # what a stage that makes rows writes
 
 
 @dataclass
@@ -33,11 +36,26 @@ class Context:
     interrupted: Callable[[], str | None] = lambda: None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def model(self, source: ModelSource) -> ModelSource:
-        """The source with another stage's model put in its place."""
-        if source.stage is None:
-            return source
-        return source.model_copy(update={"stage": None, "path": str(self.stages[source.stage] / "model")})
+    def resolved(self, settings: Section) -> Section:
+        """The settings with what other stages have made put where they name those stages, however deep inside."""
+        if isinstance(settings, ModelSource) and settings.stage is not None:
+            return settings.model_copy(update={"stage": None, "path": str(self.stages[settings.stage] / "model")})
+        if isinstance(settings, StageRows):
+            return File(path=str(self.stages[settings.stage] / ROWS), rows=settings.rows, weight=settings.weight)  # type: ignore[return-value]
+        changed = {name: self._within(getattr(settings, name)) for name in type(settings).model_fields}
+        changed = {name: value for name, value in changed.items() if value is not getattr(settings, name)}
+        return settings.model_copy(update=changed) if changed else settings
+
+    def _within(self, value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return self.resolved(value)
+        if isinstance(value, dict):
+            found = {key: self._within(each) for key, each in value.items()}
+            return found if any(found[key] is not value[key] for key in value) else value
+        if isinstance(value, list):
+            each = [self._within(one) for one in value]
+            return each if any(new is not old for new, old in zip(each, value, strict=True)) else value
+        return value
 
 
 class Stage(Component):
@@ -46,6 +64,8 @@ class Stage(Component):
     default_kind = "train"
     makes_model: ClassVar[bool] = False
     """Whether other stages can use its model."""
+    makes_rows: ClassVar[bool] = False
+    """Whether other stages can learn from its rows."""
 
     def check(self) -> None:
         """Refuses, before anything heavy is loaded, what can be known from files and settings."""
@@ -60,7 +80,7 @@ def parts(settings: BaseModel) -> Iterator[BaseModel]:
     yield settings
     for name in type(settings).model_fields:
         value = getattr(settings, name)
-        for each in value if isinstance(value, list | tuple) else [value]:
+        for each in value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]:
             if isinstance(each, BaseModel):
                 yield from parts(each)
 
@@ -80,8 +100,8 @@ def fingerprints(stage: Stage) -> dict[str, str]:
             found[f"chat template {part.chat_template}"] = hashlib.sha256(content).hexdigest()
         if isinstance(part, ModelSource) and part.path is not None:
             found[f"model {part.path}"] = part.fingerprint()
-        elif isinstance(part, Data):
+        elif isinstance(part, Data) and not any(isinstance(source, StageRows) for source in part.sources):
             found[f"data {', '.join(source.label() for source in part.sources)}"] = part.fingerprint()
-        elif isinstance(part, Task):
+        elif isinstance(part, Task) and not isinstance(part.source, StageRows):
             found[f"task {part.source.label()}"] = part.fingerprint()
     return found

@@ -13,7 +13,7 @@ from posttrain.evaluation import Figure
 
 NAN = math.nan
 LARGEST = 1e300  # an integer of a damaged file may be larger than any float
-HEADS = {"length": "length", "ended": "ended", "kl": "KL"}
+HEADS = {"kl": "KL", "longer_wins": "longer wins", "calibration_error": "calibration", "log_length_correlation": "length corr."}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Run:
         return str(self.recipe.get("name") or self.folder.name)
 
     def evaluations(self) -> list[Ran]:
-        return [stage for stage in self.stages.values() if stage.kind == "evaluate"]
+        return [stage for stage in self.stages.values() if stage.kind in {"evaluate", "evaluate_pairs"}]
 
     def label(self, evaluation: Ran) -> str:
         """The stage whose model was evaluated, where that is unmistakable; else the evaluation's own name."""
@@ -183,7 +183,7 @@ def _newest(folder: Path, notes: list[str]) -> dict[str, Path]:
 
 def is_share(name: str) -> bool:
     """Is the metric a share, shown in percent?"""
-    return name.startswith("pass@") or name in {"greedy", "ended"}
+    return name.startswith("pass@") or name in {"greedy", "ended", "accuracy", "longer_wins", "calibration_error"}
 
 
 def known(value: float) -> bool:
@@ -233,9 +233,9 @@ def seconds_text(value: Any) -> str:
 
 
 def main_metric(evaluations: Sequence[Ran]) -> str | None:
-    """The figure that decides: pass@1, else greedy, else score, else the first that there is."""
+    """The figure that decides: pass@1, else the score of samples, else greedy, else the first that there is."""
     found = list(dict.fromkeys(name for each in evaluations for name in each.figures))
-    return next((name for name in ("pass@1", "greedy", "score", *found) if name in found), None)
+    return next((name for name in ("pass@1", "score", "greedy", *found) if name in found), None)
 
 
 def metric_columns(evaluations: Sequence[Ran]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from posttrain.evaluation import Figure
+from posttrain.pipeline.frontier import frontiers, touch
 from posttrain.pipeline.table import (
     Ran,
     Run,
@@ -21,27 +22,29 @@ from posttrain.pipeline.table import (
     value_text,
 )  # fmt: skip
 
+TOUCH = {True: "the intervals touch", False: "the intervals do not touch", None: "without intervals"}
+
 
 def comparable(run: Run) -> list[list[Ran]]:
     """The evaluations in groups that answered the same problems in the same way. Only within a group are figures compared."""
     groups: dict[str, list[Ran]] = {}
     for stage in run.evaluations():
         marks = section(stage.about, "facts", "fingerprints")
-        problems = [marks[name] for name in sorted(marks) if str(name).startswith("task ")] or stage.settings.get("task")
-        groups.setdefault(json.dumps([problems, stage.settings.get("evaluation")], sort_keys=True, default=str), []).append(stage)
+        asked: Any = [marks[name] for name in sorted(marks) if str(name).startswith(("task ", "data "))]
+        asked = asked or stage.settings.get("task") or stage.settings.get("data")
+        groups.setdefault(json.dumps([asked, stage.settings.get("evaluation")], sort_keys=True, default=str), []).append(stage)
     return list(groups.values())
-
-
-def touch(one: Figure, other: Figure) -> bool | None:
-    """Do the intervals touch? None where one of them is not known."""
-    if not all(map(known, (one.low, one.high, other.low, other.high))):
-        return None
-    return one.low <= other.high and other.low <= one.high
 
 
 def verdict(run: Run, groups: Sequence[Sequence[Ran]]) -> list[str]:
     """In plain words what the evaluations show, and no more than they show: a paragraph for each comparable group."""
-    told = [text for group in groups if (text := _verdict(run, [each for each in group if each.figures]))]
+    drawn = frontiers(run)
+    shown = {id(each) for frontier in drawn for each in frontier.stages}
+    told = [text for frontier in drawn if (text := frontier.verdict())]
+    for group in groups:
+        measured = [each for each in group if each.figures]
+        if not measured or not all(id(each) in shown for each in measured):
+            told += [text] if (text := _verdict(run, measured)) else []
     if told:
         return told
     if any(groups):
@@ -57,9 +60,19 @@ def _verdict(run: Run, group: Sequence[Ran]) -> str:
     ranked = sorted(having, key=lambda each: -each.figures[metric].value)
     top, rest = ranked[0], ranked[1:]
     best = top.figures[metric]
-    verb = {"pass@1": "gets {} of its sampled answers right", "greedy": "gets {} of its likeliest answers right"}.get(metric)
-    count = f"On {plural(best.count, 'problem')}, " if best.count else ""
+    verbs = {
+        "pass@1": "gets {} of its sampled answers right", "greedy": "gets {} of its likeliest answers right",
+        "accuracy": "prefers the better answer in {}", "score": "scores {}",
+    }  # fmt: skip
+    verb = verbs.get(metric)
+    count = f"On {plural(best.count, 'pair' if top.kind == 'evaluate_pairs' else 'problem')}, " if best.count else ""
     text = f"{count}{run.label(top)} {(verb or metric + ' is {}').format(_with_interval(metric, best))}"
+    if "longer_wins" in top.figures:
+        baseline = top.figures["longer_wins"]
+        words = TOUCH[touch(best, baseline)]
+        text += f"; the better answer is merely the longer one in {figure_text('longer_wins', baseline)}: {words}"
+        if not rest:
+            return f"{text}."
     if not rest:
         return f"{text}. It is the only evaluation of its kind here: it does not show that training made the model better."
     told: dict[bool | None, list[str]] = {}
@@ -83,7 +96,7 @@ def _likeliest(run: Run, top: Ran, group: Sequence[Ran]) -> str:
     if before is None or "greedy" not in top.figures or "greedy" not in before.figures:
         return ""
     now, then = top.figures["greedy"], before.figures["greedy"]
-    words = {True: "the intervals touch", False: "the intervals do not touch", None: "without intervals"}[touch(now, then)]
+    words = TOUCH[touch(now, then)]
     figures = f"{run.label(top)} {figure_text('greedy', now)}, {run.label(before)} {figure_text('greedy', then)}"
     return f" By the likeliest answer instead of samples, {figures}: {words}."
 
@@ -106,16 +119,22 @@ def cautions(run: Run) -> Iterator[str]:
         failures = number(dig(stage.done, "failures"))
         if failures:
             yield f"{stage.name}: {plural(int(failures), 'answer')} could not be graded and are in no accuracy."
+    seen: dict[tuple[str, str], list[str]] = {}
     for group in comparable(run):
         for stage in group:
             yield from _worse(run, stage, group)
-            yield from _seen(run, stage)
+            for use in _seen(run, stage):
+                seen.setdefault(use, []).append(stage.name)
+    for (name, words), evaluations in seen.items():
+        those = listed(evaluations)
+        verb = "evaluates" if len(evaluations) == 1 else "evaluate"
+        yield f"{name} {words} rows that {those} {verb} on: the figures of {those} may be too good."
 
 
 def _worse(run: Run, stage: Ran, group: Sequence[Ran]) -> Iterator[str]:
     metric = main_metric(group)
     parents = [step.name for step in run.lineage(stage)[1:]]
-    for before in group:
+    for before in group if stage.kind == "evaluate" else ():
         if metric in stage.figures and metric in before.figures and before.parent in parents:
             now, then = stage.figures[metric], before.figures[metric]
             if now.value < then.value and touch(now, then) is False:
@@ -123,8 +142,9 @@ def _worse(run: Run, stage: Ran, group: Sequence[Ran]) -> Iterator[str]:
                 yield f"{pair} ({metric}: the intervals do not touch)."
 
 
-def _seen(run: Run, stage: Ran) -> Iterator[str]:
-    """Does the evaluation ask what was trained on, or what the best weights were chosen by? By file and rows, not by content."""
+def _seen(run: Run, stage: Ran) -> Iterator[tuple[str, str]]:
+    """(stage, what it did) of those that were trained on what the evaluation asks, or chose their best weights by it. By file and
+    rows, not by content."""
     asked = list(_slices({"task": stage.settings.get("task")}))
     for step in run.lineage(stage):
         validation = step.settings.get("validation")
@@ -132,7 +152,7 @@ def _seen(run: Run, stage: Ran) -> Iterator[str]:
         uses += [("chose its best weights by", validation)] if dig(validation, "best") else []
         for words, part in uses:
             if any(one[0] == other[0] and one[1] < other[2] and other[1] < one[2] for one in asked for other in _slices(part)):
-                yield f"{step.name} {words} rows that {stage.name} evaluates on: the figures of {stage.name} may be too good."
+                yield step.name, words
 
 
 def _slices(around: Any) -> Iterator[tuple[str, float, float]]:

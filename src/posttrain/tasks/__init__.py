@@ -3,6 +3,7 @@
 from posttrain.tasks.choice import ChoiceGrader, ChoiceTask
 from posttrain.tasks.countdown import CountdownGrader
 from posttrain.tasks.grader import ExactGrader, FunctionGrader, Grader
+from posttrain.tasks.learned import JudgeGrader, RewardModelGrader, WeightedGrader
 from posttrain.tasks.mathematics import MathGrader
 from posttrain.tasks.numeric import EquationsGrader, NumberGrader
 from posttrain.tasks.task import ArithmeticTask, CountdownTask, Gsm8kTask, MathTask, ProblemsTask, Task
@@ -18,9 +19,12 @@ __all__ = [
     "FunctionGrader",
     "Grader",
     "Gsm8kTask",
+    "JudgeGrader",
     "MathGrader",
     "MathTask",
     "NumberGrader",
     "ProblemsTask",
+    "RewardModelGrader",
     "Task",
+    "WeightedGrader",
 ]

@@ -1,17 +1,20 @@
 """Graders: from a problem and an answer to a score, or to the reason why there is none. A failure is not a score."""
 
 import copy
-import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 
-from posttrain.component import Component, did_you_mean
+from posttrain.component import Component, imported
 from posttrain.text import Grade, Problem, Sample
+
+if TYPE_CHECKING:
+    from posttrain.data.render import Template
+    from posttrain.models.source import ModelSource
 
 
 class Grader(Component):
@@ -29,8 +32,19 @@ class Grader(Component):
         """Why no answer to this problem can be graded (no gold, gold that cannot be read); None where it can."""
         return None
 
+    @property
+    def open_scale(self) -> bool:
+        """Whether scores have a scale of their own, on which no answer is simply right; else 1 means that it is."""
+        return False
+
     def check(self) -> None:
         """What can be known to be wrong before any weight is loaded; raises an InputError."""
+
+    def check_policy(self, policy: "ModelSource") -> None:
+        """What can be known before any weight is loaded to be wrong with grading this policy; raises an InputError."""
+
+    def prepare(self, template: "Template") -> None:
+        """Called once before answers are graded, with the tokenizer that writes them: graders that hold models load them here."""
 
     def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
         """One grade per sample, in order; whatever goes wrong in one of them is a failure of that one only."""
@@ -105,11 +119,17 @@ class FunctionGrader(Grader, kind="function"):
 
     path: str
     """`my_package.module:my_function`."""
+    scale: Literal["right or wrong", "open"] = "right or wrong"
+    """right or wrong: 1 means that the answer is right. open: scores of any size; no share of right answers is given."""
+
+    @property
+    def open_scale(self) -> bool:
+        return self.scale == "open"
 
     @field_validator("path")
     @classmethod
     def _can_be_called(cls, path: str) -> str:
-        function = _imported(path)
+        function = imported(path)
         if not callable(function):
             raise ValueError(f"{path!r} is a {type(function).__name__}, not a function (problem, text) -> float")
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
@@ -125,7 +145,7 @@ class FunctionGrader(Grader, kind="function"):
     def grade(self, problem: Problem, text: str) -> Grade:
         own = replace(problem, facts=copy.deepcopy(dict(problem.facts)))  # what it changes is seen by no other grade
         try:
-            value = _imported(self.path)(own, text)
+            value = imported(self.path)(own, text)
         except (Exception, SystemExit) as error:
             return failed(f"{self.path} raised {type(error).__name__}: {error}".rstrip(": "))
         if isinstance(value, Grade):
@@ -136,17 +156,3 @@ class FunctionGrader(Grader, kind="function"):
 
 def _returned(value: Any, wrong: str) -> str:
     return "None, not a number" if value is None else wrong.replace("of type ", "a value of type ")
-
-
-def _imported(path: str) -> Callable[[Problem, str], Any]:
-    module_name, colon, name = path.partition(":")
-    if not colon or not name:
-        raise ValueError(f"{path!r} names no function; write `my_package.module:my_function`")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"cannot import {module_name!r} for {path!r}: {error}") from None
-    if not hasattr(module, name):
-        raise ValueError(f"module {module_name!r} has no {name!r}{did_you_mean(name, vars(module))}")
-    function: Callable[[Problem, str], Any] = getattr(module, name)
-    return function

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import nn
 
 from posttrain.errors import RunError
 from posttrain.models.layout import micro_batches
+from posttrain.models.roles import Roles
 from posttrain.training.updates import Item, Update, Updates
 
 if TYPE_CHECKING:
     from posttrain.models.lm import LM
+    from posttrain.models.scalar import ScalarLM
     from posttrain.objectives import Loss
     from posttrain.training.optim import Optimizer
     from posttrain.training.record import Recorder
@@ -36,27 +38,47 @@ class Stats:
 
 
 @dataclass
-class Training:
-    """A training run as it stands: what learns, from what, and how far it has come. `step` updates have been applied."""
+class Learner:
+    """What moves in a role: its parameters by name, and the optimizer that moves them."""
 
-    policy: "LM"
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     optim: "Optimizer"
+
+    @classmethod
+    def of(cls, parameters: dict[str, nn.Parameter], optim: "Optimizer") -> "Learner":
+        return cls(parameters, optim.build(parameters), optim)
+
+
+@dataclass
+class Training:
+    """A training run as it stands: what learns, from what, and how far it has come. `step` updates have been applied.
+
+    learners: the policy's, and those of further trained roles (a critic); no two of them share the name of a parameter.
+    """
+
+    policy: "LM | ScalarLM"
+    learners: dict[str, Learner]
     updates: Updates
     steps: int
+    roles: Roles = field(default_factory=Roles)
     micro_tokens: int = 8192
     seconds_limit: float | None = None
     step: int = 0
     seconds: float = 0.0
     stopped: str | None = None  # why it ended before its last step
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that moves."""
+        return {name: each for learner in self.learners.values() for name, each in learner.parameters.items()}
+
 
 def fit(run: Training, record: "Recorder") -> None:
     """Applies updates until the run's end. Nothing is pulled before the previous update has been applied."""
     while run.step < run.steps and run.stopped is None:
         began = time.perf_counter()
-        update = next(run.updates)  # 1. sample, or read
+        update = annotated(next(run.updates), run)  # 1. sample, or read; ask the frozen roles
         units = count_units(update)  # 2. what the whole update's terms are means over
         stats = Stats(dict(update.stats))
         for item in in_pieces(update, run.micro_tokens):  # 3. gradients add up, piece by piece
@@ -64,19 +86,35 @@ def fit(run: Training, record: "Recorder") -> None:
             total = sum(term / max(1, units[id(item.objective), name]) for name, term in loss.terms.items())
             assert isinstance(total, torch.Tensor)
             refuse_nonfinite(total, item, run.step)
-            total.backward()
-            stats.add(loss.stats | term_stats(loss, item))
-        norm = clip(run)  # 4. one optimizer step
-        for group in run.optimizer.param_groups:
-            group["lr"] = run.optim.rate(run.step, run.steps)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+            (item.weight * total).backward()
+            stats.add({f"{item.name}{name}": each for name, each in (loss.stats | term_stats(loss, item)).items()})
+        norms = {role: clip(learner, run.step) for role, learner in run.learners.items()}
+        for learner in run.learners.values():  # 4. one optimizer step
+            for group in learner.optimizer.param_groups:
+                group["lr"] = learner.optim.rate(run.step, run.steps)
+            learner.optimizer.step()
+            learner.optimizer.zero_grad(set_to_none=True)
         run.step += 1
+        run.roles.follow(run.step)
+        for item in update.items:
+            item.objective.learned(stats.means(), run.roles.controls)
         run.seconds += time.perf_counter() - began
         if run.seconds_limit is not None and run.seconds >= run.seconds_limit:
             run.stopped = f"its {run.seconds_limit:.0f} seconds are over"
-        record.step(run, update, stats.means() | {"grad_norm": norm}, time.perf_counter() - began)  # 5. log, validate, save
+        figures = (
+            stats.means()
+            | run.roles.controls
+            | {"grad_norm" if role == "policy" else f"grad_norm/{role}": norms[role] for role in norms}
+        )
+        record.step(run, update, figures, time.perf_counter() - began)  # 5. log, validate, save
     record.end(run)
+
+
+def annotated(update: Update, run: Training) -> Update:
+    """The update with what its objectives want to know before they learn from it: reference log-probs, batch statistics."""
+    with torch.no_grad():
+        items = [replace(item, batch=item.objective.annotate(item.batch, run.policy, run.roles)) for item in update.items]
+    return replace(update, items=tuple(items))
 
 
 def count_units(update: Update) -> dict[tuple[int, str], int]:
@@ -93,7 +131,7 @@ def in_pieces(update: Update, micro_tokens: int) -> Iterator[Item]:
     """The update's rows, at most about `micro_tokens` tokens at a time."""
     for item in update.items:
         for rows in micro_batches(item.batch, micro_tokens):
-            yield Item(item.objective, item.batch.select(rows), [item.labels[row] for row in rows])
+            yield replace(item, batch=item.batch.select(rows), labels=[item.labels[row] for row in rows])
 
 
 def term_stats(loss: "Loss", item: Item) -> dict[str, tuple[float, int]]:
@@ -111,18 +149,18 @@ def refuse_nonfinite(total: torch.Tensor, item: Item, step: int) -> None:
         )
 
 
-def clip(run: Training) -> float:
+def clip(learner: Learner, step: int) -> float:
     """Clips the gradients and returns their norm before. Raises RunError, before any update, where it is not finite."""
-    for parameter in run.parameters.values():  # an update without signal still follows the optimizer's momentum, everywhere
+    for parameter in learner.parameters.values():  # an update without signal still follows the optimizer's momentum, everywhere
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in run.parameters.values() if parameter.grad is not None])
+    norm = nn.utils.get_total_norm([each.grad for each in learner.parameters.values() if each.grad is not None])
     if not math.isfinite(float(norm)):
-        name = next(n for n, p in run.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all()))
+        name = next(n for n, p in learner.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all()))
         raise RunError(
-            f"step {run.step + 1}: the gradient of {name} is not finite; no update was made and the last checkpoint is from "
+            f"step {step + 1}: the gradient of {name} is not finite; no update was made and the last checkpoint is from "
             "before; lower optim.learning_rate, or use dtype float32"
         )
-    if run.optim.clip is not None:
-        nn.utils.clip_grads_with_norm_(list(run.parameters.values()), run.optim.clip, norm)
+    if learner.optim.clip is not None:
+        nn.utils.clip_grads_with_norm_(list(learner.parameters.values()), learner.optim.clip, norm)
     return float(norm)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from posttrain.training.settings import Checkpoints, Validation
     from posttrain.training.updates import Update
 
-LOWER_IS_BETTER = {"nll"}
+LOWER_IS_BETTER = {"nll", "loss", "absolute_error"}
 SHOWN_SAMPLES = 4
 
 Show = Callable[["Training", dict[str, float]], None]
@@ -75,7 +75,12 @@ class Recorder:
     def step(self, run: "Training", update: "Update", metrics: dict[str, float], seconds: float) -> None:
         """After each update: log; validate and save when due."""
         tokens = sum(len(seqs.tokens) for item in update.items for seqs in item.batch.sequences)
-        row: dict[str, Any] = {"step": run.step, "lr": run.optimizer.param_groups[0]["lr"], **metrics, "tokens": tokens}
+        row: dict[str, Any] = {
+            "step": run.step,
+            "lr": run.learners["policy"].optimizer.param_groups[0]["lr"],
+            **metrics,
+            "tokens": tokens,
+        }
         last = run.step == run.steps or run.stopped is not None
         due = self.validation is not None and (run.step % self.validation.every == 0 or last)
         if due:
@@ -114,9 +119,10 @@ class Recorder:
         plain, waiting = run.updates.state()
         state = {
             "updates": plain, "seconds": run.seconds, "best": self.best, "since_best": self.since_best, "stopped": run.stopped,
+            "controls": run.roles.controls,
         }  # fmt: skip
         weights: dict[str, torch.Tensor] = dict(run.parameters)
-        tensors = {"weights": weights, "optimizer": optimizer_tensors(run), "waiting": waiting}
+        tensors = {"weights": weights, "optimizer": optimizer_tensors(run), "waiting": waiting, **run.roles.tensors()}
         checkpoint.save(self.parent, Checkpoint(run.step, tensors, state), self.owner)
         checkpoint.rotate(self.parent, self.checkpoints.keep)
         for step in checkpoint.steps(self.parent, "best"):
@@ -135,6 +141,7 @@ class Recorder:
         restore_weights(run, found)
         restore_optimizer(run, dict(found.tensors["optimizer"]))
         run.updates.load(found.state["updates"], dict(found.tensors["waiting"]))
+        run.roles.load(found.state["controls"], found.tensors)
         run.step, run.seconds = found.step, found.state["seconds"]
         self.best, self.since_best = found.state["best"], found.state["since_best"]
         run.stopped = found.state["stopped"]
@@ -157,22 +164,26 @@ def restore_weights(run: "Training", found: Checkpoint) -> None:
 
 
 def optimizer_tensors(run: "Training") -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors: `<parameter>|<what>`, or `<parameter>|<what>|number` for a plain number."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in run.parameters.items()}
+    """The optimizers' state as flat tensors: `<parameter>|<what>`, or `<parameter>|<what>|number` for a plain number."""
     found = {}
-    for parameter, state in run.optimizer.state.items():
-        for what, value in state.items():
-            key = f"{names[parameter]}|{what}"
-            if isinstance(value, torch.Tensor):
-                found[key] = value
-            else:
-                found[f"{key}|number"] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    for learner in run.learners.values():
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in learner.parameters.items()}
+        for parameter, state in learner.optimizer.state.items():
+            for what, value in state.items():
+                key = f"{names[parameter]}|{what}"
+                if isinstance(value, torch.Tensor):
+                    found[key] = value
+                else:
+                    found[f"{key}|number"] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     return found
 
 
 def restore_optimizer(run: "Training", tensors: dict[str, torch.Tensor]) -> None:
-    run.optimizer.state.clear()
+    owners = {name: learner for learner in run.learners.values() for name in learner.parameters}
+    for learner in run.learners.values():
+        learner.optimizer.state.clear()
     for key, value in tensors.items():
         name, what, *number = key.split("|")
-        parameter = run.parameters[name]
-        run.optimizer.state[parameter][what] = value.item() if number else run.optim.place(run.optimizer, parameter, value)
+        learner = owners[name]
+        parameter, optimizer = learner.parameters[name], learner.optimizer
+        optimizer.state[parameter][what] = value.item() if number else learner.optim.place(optimizer, parameter, value)

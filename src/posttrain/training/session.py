@@ -1,28 +1,31 @@
 """The few lines that put a training together: model, tuner, data or samples, optimizer; and take them up where they were."""
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from posttrain import batch as batches
 from posttrain import draws
 from posttrain.batch import Sequences
-from posttrain.data.dataset import Loaded, Rendered
+from posttrain.data.dataset import Data, Loaded, Rendered
 from posttrain.data.render import Template
 from posttrain.errors import DataError
 from posttrain.evaluation import evaluate
 from posttrain.models.lm import LM
-from posttrain.models.load import load, save
-from posttrain.models.roles import Frozen, Roles
-from posttrain.objectives import OnPolicy
+from posttrain.models.load import load, load_scalar, save
+from posttrain.models.reward import normalise, save_reward_model
+from posttrain.models.scalar import ScalarLM
+from posttrain.objectives import Objective, OnPolicy
 from posttrain.rl import OnPolicyStream
-from posttrain.training.fit import Training, fit
+from posttrain.text import RenderedRow
+from posttrain.training.fit import Learner, Stats, Training, annotated, fit, in_pieces, term_stats
 from posttrain.training.record import INTERRUPTIONS, Recorder, Show
+from posttrain.training.roles import actor_critic, cached_references, frozen_roles, new_head
 from posttrain.training.settings import TrainSettings
-from posttrain.training.updates import RowUpdates, SampledUpdates, Updates
+from posttrain.training.updates import Item, Mixed, RowUpdates, SampledUpdates, Update, Updates
 from posttrain.tuners import tuned
 
 UNBOUNDED = 10**9  # steps of a run whose end is a time
@@ -43,28 +46,31 @@ class Session:
 
 
 def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
-    """Trains, and writes the model to `<folder>/model` (and an adapter to `<folder>/adapter`).
+    """Trains, and writes the model to `<folder>/model` (and an adapter to `<folder>/adapter`, a critic to `<folder>/critic`).
 
     Returns what the run's record keeps. A run that was interrupted returns {"interrupted": signal}, its state saved.
     """
     session.folder.mkdir(parents=True, exist_ok=True)
-    loaded = load(settings.model)
-    rows = [data.read() for data in (settings.data, settings.validation.data) if data is not None]
-    chat = settings.task is not None or settings.validation.task is not None or any(each.needs_chat for each in rows)
-    template = Template(loaded.tokenizer, chat)
-    roles = frozen_roles(settings, loaded.lm)
+    rows = Rows.read(settings)
+    loaded = load_scalar(settings.model, new_head(session.seed)) if settings.objective.scores else load(settings.model)
+    template = Template(loaded.tokenizer, settings.task is not None or settings.validation.task is not None or rows.needs_chat)
     with torch.random.fork_rng():
         torch.manual_seed(draws.key(session.seed, "tuner") % 2**63)
         settings.tuner.install(loaded.lm.model)
-    parameters = tuned(loaded.lm.model)
-    updates, steps = make_updates(settings, session, loaded.lm, template, roles, rows)
+    if isinstance(loaded.lm, ScalarLM):
+        loaded.lm.head.requires_grad_(True)  # under every tuner
+    learners = {"policy": Learner.of(tuned(loaded.lm.model), settings.optim)}
+    policy: Any = loaded.lm
+    if settings.critic is not None:
+        assert isinstance(loaded.lm, LM)
+        policy, learners["critic"] = actor_critic(settings, settings.critic, loaded.lm, loaded.tokenizer, session.seed)
+    roles = frozen_roles(settings, loaded, learners["policy"].parameters, session.say)
+    updates, steps = make_updates(settings, session, policy, template, roles, rows)
     micro_tokens = settings.batch.at_a_time(loaded.lm.device.type)
-    run = Training(
-        loaded.lm, parameters, settings.optim.build(parameters), settings.optim, updates, steps, micro_tokens, session.seconds
-    )
+    run = Training(policy, learners, updates, steps, roles, micro_tokens, session.seconds)
     record = Recorder(
         session.folder, session.owner, settings.checkpoint, settings.validation if measures(settings) else None,
-        validator(settings, session, template, rows), session.show, session.interrupted,
+        validator(settings, session, policy, template, rows), session.show, session.interrupted,
     )  # fmt: skip
     if record.resume(run):
         session.say(f"resumed from step {run.step}")
@@ -75,8 +81,8 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
         return {"interrupted": run.stopped}
     if run.stopped:
         session.say(f"stopped at step {run.step}: {run.stopped}")
-    export(settings, session, loaded.lm, template)
-    trained = sum(parameter.numel() for parameter in parameters.values())
+    export(settings, session, policy, template, rows)
+    trained = sum(parameter.numel() for parameter in run.parameters.values())
     return {
         "steps": run.step,
         "seconds": run.seconds,
@@ -87,18 +93,36 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
     }
 
 
-def frozen_roles(settings: TrainSettings, lm: LM) -> Roles:
-    """The reference is the model that the stage starts from: the policy with its tuner off, or a frozen copy of it."""
-    if "reference" not in settings.objective.needs:
-        return Roles()
-    if settings.tuner.reversible:
-        return Roles(Frozen(lm, lambda: settings.tuner.switched_off(lm.model), settings.batch.at_a_time(lm.device.type)))
-    twin = LM(copy.deepcopy(lm.model).requires_grad_(False), lm.layout, lm.mixed)
-    return Roles(Frozen(twin, micro_tokens=settings.batch.at_a_time(lm.device.type)))
+@dataclass(frozen=True)
+class Rows:
+    """The rows of each section of a recipe that has some, read and parsed."""
+
+    data: Loaded | None = None
+    validation: Loaded | None = None
+    mix: Loaded | None = None
+    normalise: Loaded | None = None
+
+    @classmethod
+    def read(cls, settings: TrainSettings) -> "Rows":
+        """Raises DataError for malformed rows, and for rows that the objective cannot learn from together."""
+        sections = {
+            "data": settings.data,
+            "validation": settings.validation.data,
+            "mix": settings.mix.data if settings.mix else None,
+            "normalise": settings.normalise.data if settings.normalise else None,
+        }
+        found = cls(**{name: section.read() for name, section in sections.items() if section is not None})
+        if found.data is not None:
+            settings.objective.check_rows([row for source in found.data.rows for row in source])
+        return found
+
+    @property
+    def needs_chat(self) -> bool:
+        return any(each.needs_chat for each in (self.data, self.validation, self.mix, self.normalise) if each is not None)
 
 
 def make_updates(
-    settings: TrainSettings, session: Session, lm: LM, template: Template, roles: Roles, rows: Sequence[Loaded]
+    settings: TrainSettings, session: Session, policy: LM, template: Template, roles: Any, rows: Rows
 ) -> tuple[Updates, int]:
     """Where updates come from, and how many there will be."""
     objective = settings.objective
@@ -107,24 +131,61 @@ def make_updates(
         problems = settings.task.problems()
         session.facts["problems"] = len(problems)
         stream = OnPolicyStream(
-            objective, problems, settings.task.grader, settings.sampler, settings.rollout, lm, template, roles, session.seed
-        )
-        return SampledUpdates(stream), settings.steps or UNBOUNDED
-    assert settings.data is not None
-    rendered = settings.data.render(rows[0], template)
-    if lm.context is not None and rendered.longest > lm.context:
+            objective, problems, settings.task.grader, settings.sampler, settings.rollout, policy, template, roles, session.seed,
+            session.say,
+        )  # fmt: skip
+        updates: Updates = SampledUpdates(stream)
+        steps = settings.steps or UNBOUNDED
+    else:
+        assert settings.data is not None
+        assert rows.data is not None
+        rendered = settings.data.render(rows.data, template)
+        refuse_beyond_context(rendered, policy)
+        for line in rendered.summary():
+            session.say(line)
+        session.facts["data"] = {"rows": rendered.usable, "tokens": rendered.tokens, "trained_tokens": rendered.trained}
+        table, places = split(objective, rendered)
+        known = cached_references(settings, session, policy, template.tokenizer, table) if settings.reference.cache else None
+        count = sum(map(len, table))
+        weights = shares(settings.data, table)
+        steps = settings.steps or (-int(-count * settings.epochs // settings.batch.rows) if settings.epochs else UNBOUNDED)
+        updates = RowUpdates(objective, table, places, weights, settings.batch.rows, session.seed, known)
+    if settings.mix is not None:
+        assert rows.mix is not None
+        beside = settings.mix.data.render(rows.mix, template)
+        refuse_beyond_context(beside, policy)
+        table, places = split(settings.mix.objective, beside)
+        weights = [
+            len(each) if source.weight is None else source.weight
+            for source, each in zip(settings.mix.data.sources, table, strict=True)
+        ]
+        more = RowUpdates(settings.mix.objective, table, places, weights, settings.mix.rows, draws.key(session.seed, "mix"))
+        updates = Mixed(updates, more, settings.mix.weight)
+    return updates, steps
+
+
+def shares(data: Data, table: list[list[RenderedRow]]) -> list[float]:
+    """How much is drawn of each source: its weight, else its number of rows."""
+    sources = zip(data.sources, table, strict=True)
+    return [len(rows) if source.weight is None else source.weight for source, rows in sources]
+
+
+def refuse_beyond_context(rendered: Rendered, policy: LM) -> None:
+    if policy.context is not None and rendered.longest > policy.context:
         raise DataError(
-            f"the longest row has {rendered.longest} tokens, but the model's context is {lm.context}; "
-            f"set data.max_tokens: {lm.context} (longer rows are then dropped and counted)"
+            f"the longest row has {rendered.longest} tokens, but the model's context is {policy.context}; "
+            f"set data.max_tokens: {policy.context} (longer rows are then dropped and counted)"
         )
-    for line in rendered.summary():
-        session.say(line)
-    session.facts["data"] = {"rows": rendered.usable, "tokens": rendered.tokens, "trained_tokens": rendered.trained}
-    count = sum(map(len, rendered.rows))
-    sources = zip(settings.data.sources, rendered.rows, strict=True)
-    weights = [len(each) if source.weight is None else source.weight for source, each in sources]
-    steps = settings.steps or (-int(-count * settings.epochs // settings.batch.rows) if settings.epochs else UNBOUNDED)
-    return RowUpdates(objective, rendered, weights, settings.batch.rows, session.seed), steps
+
+
+def split(objective: Objective, rendered: Rendered) -> tuple[list[list[RenderedRow]], list[list[str]]]:
+    """The rendered rows as those of the objective, with the place of each; source by source."""
+    rows, places = [], []
+    for source, where in zip(rendered.rows, rendered.places, strict=True):
+        parts = [(part, place) for row, place in zip(source, where, strict=True) for part in objective.split(row)]
+        rows.append([part for part, _ in parts])
+        places.append([place for _, place in parts])
+    return rows, places
 
 
 def measures(settings: TrainSettings) -> bool:
@@ -132,37 +193,88 @@ def measures(settings: TrainSettings) -> bool:
 
 
 def validator(
-    settings: TrainSettings, session: Session, template: Template, rows: Sequence[Loaded]
+    settings: TrainSettings, session: Session, policy: Any, template: Template, rows: Rows
 ) -> Callable[[Training], dict[str, Any]]:
     """{metric: value, or a figure with its interval} of the policy as it is. The same draws at every validation."""
-    plan = settings.validation
-    rendered = plan.data.render(rows[-1], template) if plan.data is not None else None
+    plan, objective = settings.validation, settings.objective
+    rendered = plan.data.render(rows.validation, template) if plan.data is not None and rows.validation is not None else None
+    held_out: Any = None
+    if rendered is not None and not settings.measures_nll:
+        table, _ = split(objective, rendered)
+        held_out = getattr(batches, objective.reads).from_rows([row for source in table for row in source])
+        if settings.reference.cache:
+            known = torch.cat(cached_references(settings, session, policy, template.tokenizer, table))
+            held_out = held_out.with_refs(*known.unbind(1))
 
     def validate(run: Training) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if plan.task is not None:
+            assert isinstance(run.policy, LM)
             report = evaluate(
                 run.policy, template, plan.task, plan.evaluation, session.seed, settings.sampler, address=("validation",)
             )
             found |= report.as_dict()
-        if rendered is not None:
+        if rendered is not None and settings.measures_nll:
             found["nll"] = held_out_nll(run.policy, rendered, run.micro_tokens)
+        elif held_out is not None:
+            found |= held_out_figures(run, objective, held_out)
         return found
 
     return validate
 
 
-def held_out_nll(policy: LM, rendered: Rendered, micro_tokens: int) -> float:
+def held_out_nll(policy: Any, rendered: Rendered, micro_tokens: int) -> float:
     """-log p per trained token, over all rows."""
-    rows = Sequences.of([row for source in rendered.rows for row in source])
+    rows = Sequences.of(rendered.sequences)
     with torch.no_grad():
         return -float(policy.logprobs_of_many(rows, micro_tokens).double().sum()) / max(1, rows.trained)
 
 
-def export(settings: TrainSettings, session: Session, lm: LM, template: Template) -> None:
+def held_out_figures(run: Training, objective: Objective, batch: Any) -> dict[str, float]:
+    """What the objective says of rows that it does not learn from: `loss`, the sum of its terms, and its own figures."""
+    update = annotated(Update((Item(objective, batch, [""] * batch.count),)), run)
+    stats = Stats()
+    with torch.no_grad():
+        for item in in_pieces(update, run.micro_tokens):
+            loss = objective.loss(run.policy, item.batch.to(run.policy.device))
+            stats.add(loss.stats | term_stats(loss, item))
+    means = stats.means()
+    terms = [name for name in means if name.startswith("loss/")]
+    return {"loss": sum(means[name] for name in terms), **{name: means[name] for name in means if name not in terms}}
+
+
+def reference_answers(settings: TrainSettings, template: Template, rows: Rows) -> Sequences:
+    """The answers whose scores become 0 on average: those named, else the training data's (of pairs the chosen, of labelled the
+    good ones)."""
+    assert settings.normalise is not None
+    section, loaded = settings.normalise.data, rows.normalise
+    if section is None or loaded is None:
+        section, loaded = settings.data, rows.data
+    assert section is not None
+    assert loaded is not None
+    found = []
+    for row in (row for source in section.render(loaded, template).rows for row in source):
+        if settings.objective.reads == "Pairs" and len(row.sequences) == 2:
+            found.append(row.sequences[0])
+        elif settings.objective.reads != "Labelled" or row.numbers != (0.0,):
+            found += row.sequences
+    return Sequences.of(found)
+
+
+def export(settings: TrainSettings, session: Session, policy: Any, template: Template, rows: Rows) -> None:
     """The adapter alone, where the tuner has one; then the whole model, merged, as an ordinary transformers folder."""
-    settings.tuner.save_adapter(lm.model, session.folder / "adapter", settings.model.path or "")
-    settings.tuner.merge(lm.model)
-    if lm.model.generation_config is not None:  # those who generate with the folder stop where our sampler stops
-        lm.model.generation_config.eos_token_id = sorted(template.stop_ids)
-    save(lm.model, template.tokenizer, session.folder / "model")
+    if settings.normalise is not None:
+        answers = reference_answers(settings, template, rows)
+        micro_tokens = settings.batch.at_a_time(policy.device.type)
+        session.facts["normalised"] = normalise(policy, answers, settings.normalise.unit_variance, micro_tokens)
+    settings.tuner.save_adapter(policy.model, session.folder / "adapter", settings.model.path or "")
+    settings.tuner.merge(policy.model)
+    if isinstance(policy, ScalarLM):
+        save_reward_model(policy, template.tokenizer, template.stop_ids, session.folder / "model")
+        return
+    if policy.model.generation_config is not None:  # those who generate with the folder stop where our sampler stops
+        policy.model.generation_config.eos_token_id = sorted(template.stop_ids)
+    save(policy.model, template.tokenizer, session.folder / "model")
+    if settings.critic is not None and not settings.critic.shared:
+        settings.critic.tuner.merge(policy.critic.model)
+        save_reward_model(policy.critic, template.tokenizer, template.stop_ids, session.folder / "critic")

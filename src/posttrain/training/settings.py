@@ -2,14 +2,14 @@
 
 from typing import Any, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from posttrain.component import Settings
 from posttrain.data.dataset import Data
 from posttrain.data.format import detect
 from posttrain.errors import RecipeError
 from posttrain.evaluation import Evaluation
-from posttrain.models.source import ModelSource
+from posttrain.models.source import ModelSource, refuse_other_tokens
 from posttrain.objectives import Objective, OnPolicy
 from posttrain.rl import Rollout
 from posttrain.sampling import InProcess, Sampler
@@ -17,6 +17,7 @@ from posttrain.tasks import Task
 from posttrain.training.optim import AdamW, Optimizer
 from posttrain.tuners import Full, Tuner
 
+ANSWERED = frozenset({"Conversation", "Completion", "Preference", "Labelled", "Ranking"})
 HELD_OUT = frozenset({"Conversation", "Completion", "Text"})  # rows whose loss can be measured beside an objective that samples
 
 
@@ -79,6 +80,88 @@ class Seconds(Settings):
         return self
 
 
+class Refresh(Settings):
+    """A reference that follows the policy (TR-DPO, arXiv 2404.09656)."""
+
+    every: PositiveInt = 512
+    """Updates after which it moves."""
+    mix: float = Field(default=0.6, gt=0, le=1)
+    """How far: reference <- mix * policy + (1 - mix) * reference."""
+
+
+class Reference(Settings):
+    """What an objective compares the policy with. A string, or a mapping with `path` or `stage`, is its `model`."""
+
+    model: ModelSource | None = None
+    """By default the model that the stage starts from."""
+    cache: bool = False
+    """Ask the reference once about each row of the data, before training, and keep its answers beside the run: no reference is
+    in memory while training, and stages with the same rows and reference share them."""
+    refresh: Refresh | None = None
+    """Let the reference follow the policy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_model(cls, value: Any) -> Any:
+        names_model = isinstance(value, str) or (isinstance(value, dict) and {"path", "stage"} & set(value))
+        return {"model": value} if names_model else value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.refresh is not None and self.cache:
+            raise ValueError("a reference that follows the policy cannot be asked once; take cache or refresh")
+        if self.refresh is not None and self.model is not None:
+            raise ValueError("refresh moves the stage's own starting model, not another `model`; take one of them")
+        return self
+
+
+class Critic(Settings):
+    """The model that foresees a policy's rewards."""
+
+    model: ModelSource | None = None
+    """What it begins from: a reward model, mostly (`{stage: reward}`); by default the stage's starting model with a new head."""
+    shared: bool = False
+    """A linear head on the policy's own states, in place of a model of its own."""
+    tuner: Tuner = Full()
+    """Which of its parameters move."""
+    optim: Optimizer = AdamW()
+    """Its optimizer and learning rate."""
+
+    @model_validator(mode="after")
+    def _shares_or_not(self) -> Self:
+        if self.shared and (self.model is not None or self.tuner != Full()):
+            raise ValueError("a shared critic is a head on the policy's states: it takes no `model` and no `tuner`")
+        return self
+
+
+class Normalise(Settings):
+    """What a reward model's scores are brought to after training, stored with it. Comparisons never change."""
+
+    data: Data | None = None
+    """Reference answers, whose mean score becomes 0; by default the training data (of pairs the chosen side)."""
+    unit_variance: bool = False
+    """Whether their standard deviation becomes 1, too."""
+
+
+class Mix(Settings):
+    """What every update learns from beside the stage's own objective: PPO-ptx's pretraining text, say."""
+
+    objective: Objective
+    """What is done with it: `pretrain`, `sft`, ..."""
+    data: Data
+    """What it learns from."""
+    rows: PositiveInt = 8
+    """Rows in every update."""
+    weight: PositiveFloat = 1.0
+    """Weight of its loss (arXiv 2203.02155 takes 27.8 for pretraining text beside PPO)."""
+
+    @model_validator(mode="after")
+    def _learns_from_data(self) -> Self:
+        if isinstance(self.objective, OnPolicy) or self.objective.scores or self.objective.needs:
+            raise ValueError(f"objective {self.objective.kind} cannot be mixed in: take one that needs only data, such as sft")
+        return self
+
+
 class TrainSettings(Settings):
     """Everything that a training run is made of."""
 
@@ -96,6 +179,14 @@ class TrainSettings(Settings):
     """How much is sampled; for objectives that sample."""
     sampler: Sampler = InProcess()
     """Where samples come from, in training and validation."""
+    reference: Reference = Reference()
+    """What the policy is compared with; for objectives that ask for one."""
+    critic: Critic | None = None
+    """For ppo, which needs it."""
+    mix: Mix | None = None
+    """What every update learns from beside."""
+    normalise: Normalise | None = None
+    """What scores are brought to after training; for reward models."""
     optim: Optimizer = AdamW()
     """The optimizer and its learning rate."""
     batch: Batch = Batch()
@@ -127,6 +218,7 @@ class TrainSettings(Settings):
                     "rollout.sampling: top_k, top_p and min_p are for evaluation; an objective that samples needs the policy's "
                     "own distribution; remove them"
                 )
+            self.objective.check_rollout(self.rollout.problems, self.rollout.per_problem)
             if self.rollout.sampling.temperature == 0:
                 raise ValueError(
                     "rollout.sampling.temperature: 0 always gives the same answer; there is nothing to learn from it"
@@ -137,6 +229,28 @@ class TrainSettings(Settings):
             for section, given in {"task": self.task is not None, "rollout": self.rollout != Rollout()}.items():
                 if given:
                     raise ValueError(f"objective {kind} learns from `data` and does not sample; remove the section `{section}`")
+        return self
+
+    @model_validator(mode="after")
+    def _roles_fit(self) -> Self:
+        """Refuses a role that the objective does not know, and the lack of one that it needs."""
+        kind = self.objective.kind
+        if "critic" in self.objective.trains and self.critic is None:
+            raise ValueError(
+                f"objective {kind} trains a critic: add the section `critic`, such as critic: {{model: {{stage: reward}}}} "
+                "(its reward model), or critic: {shared: true}"
+            )
+        if self.critic is not None and "critic" not in self.objective.trains:
+            raise ValueError(f"objective {kind} trains no critic; remove the section `critic`")
+        if self.reference != Reference() and "reference" not in self.objective.needs:
+            raise ValueError(f"objective {kind}, as it is set, compares with no reference; remove the section `reference`")
+        if self.reference.cache and not self.objective.reference_per_row:
+            raise ValueError(f"reference.cache: objective {kind} asks the reference about something else at every update")
+        if self.normalise is not None and not self.objective.scores:
+            raise ValueError(f"objective {kind} trains no reward model; remove the section `normalise`")
+        if self.objective.scores and (self.validation.task is not None or self.mix is not None):
+            section = "mix" if self.mix is not None else "validation.task"
+            raise ValueError(f"objective {kind} trains a model that scores and does not write; remove `{section}`")
         return self
 
     @model_validator(mode="after")
@@ -157,10 +271,14 @@ class TrainSettings(Settings):
         plan = self.validation
         known = []
         if plan.task is not None:
-            known += ["pass@1", "score", "length", "ended"] if plan.evaluation.samples else []
-            known += [f"pass@{plan.evaluation.samples}"] if plan.evaluation.samples > 1 else []
+            counts = not plan.task.grader.open_scale
+            known += ["score", "length", "ended"] if plan.evaluation.samples else []
+            known += ["pass@1"] if plan.evaluation.samples and counts else []
+            several = plan.evaluation.samples > 1 and plan.evaluation.best_of is None
+            known += [f"pass@{plan.evaluation.samples}"] if several and counts else []
             known += ["greedy"] if plan.evaluation.greedy else []
-        known += ["nll"] if plan.data is not None else []
+        if plan.data is not None:
+            known += ["nll"] if self.measures_nll else ["loss", *self.objective.measures]
         if plan.best is not None and plan.best not in known:
             found = f"measured are {', '.join(known)}" if known else "nothing is measured: add validation.task or validation.data"
             raise ValueError(f"validation.best: {plan.best!r} is not measured; {found}")
@@ -168,27 +286,44 @@ class TrainSettings(Settings):
             raise ValueError("validation.patience: needs validation.best, the metric that must improve")
         return self
 
+    @property
+    def measures_nll(self) -> bool:
+        """Whether validation data are measured by their negative log-likelihood, not by the objective's own figures."""
+        return isinstance(self.objective, OnPolicy) or self.objective.reads == "Sequences"
+
     def check(self) -> None:
         """What can be refused before any weight is read: files, columns, rows that the objective cannot learn from."""
         self.model.check()
         self.optim.check(self.model)
+        for role, source in {"reference": self.reference.model, "critic": self.critic.model if self.critic else None}.items():
+            if source is not None:
+                source.check()
+                refuse_other_tokens(role, source, self.model)
         for data in (self.data, self.validation.data):
             if data is not None:
                 data.check()
-                self._check_rows(data)
+                self._check_rows(data, self.objective, self.objective.rows or HELD_OUT)
+        if self.mix is not None:
+            self.mix.data.check()
+            self._check_rows(self.mix.data, self.mix.objective, self.mix.objective.rows)
+        if self.normalise is not None and self.normalise.data is not None:
+            self.normalise.data.check()
+            self._check_rows(self.normalise.data, self.objective, ANSWERED)
         for task in (self.task, self.validation.task):
             if task is not None:
                 task.check()
+                task.grader.check_policy(self.model)
+        self.validation.evaluation.check(self.model)
 
-    def _check_rows(self, data: Data) -> None:
+    def _check_rows(self, data: Data, objective: Objective, wanted: frozenset[str]) -> None:
         for source in data.sources:
             first = source.first()
             if first is None:
                 continue
             form = data.format or detect(first)
-            if form.makes.isdisjoint(self.objective.rows or HELD_OUT):
+            if form.makes.isdisjoint(wanted):
                 fitting = "pretrain" if form.kind == "text" else "sft"
                 hint = f"; use objective {fitting}" if form.kind in {"text", "messages", "prompt_completion"} else ""
                 raise RecipeError(
-                    f"{first.where}: format {form.kind} gives nothing that objective {self.objective.kind} learns from{hint}"
+                    f"{first.where}: format {form.kind} gives nothing that objective {objective.kind} learns from{hint}"
                 )

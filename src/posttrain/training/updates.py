@@ -1,7 +1,7 @@
 """Updates: what one optimizer step learns from. Data and on-policy sampling come to the loop in this one form."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain.data.stream import Stream
@@ -10,19 +10,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.batch import Batch
-    from posttrain.data.dataset import Rendered
     from posttrain.objectives import Objective
     from posttrain.rl import OnPolicyStream
-    from posttrain.text import Grade, Sample
+    from posttrain.text import Grade, RenderedRow, Sample
 
 
 @dataclass(frozen=True)
 class Item:
-    """A batch for an objective; labels[i] says where row i came from, for messages."""
+    """A batch for an objective; labels[i] says where row i came from, for messages. `weight`: of its loss in the update's; its
+    figures are logged under `name`, where it has one."""
 
     objective: "Objective"
     batch: "Batch"
     labels: Sequence[str]
+    weight: float = 1.0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,23 @@ class RowUpdates:
     """Rows of data files in the stream's order."""
 
     def __init__(
-        self, objective: "Objective", rendered: "Rendered", weights: Sequence[float] | None, rows: int, seed: int
-    ) -> None:
-        self.objective, self.rendered, self.rows = objective, rendered, rows
-        self.stream = Stream([len(each) for each in rendered.rows], weights, seed)
+        self, objective: "Objective", table: "list[list[RenderedRow]]", places: list[list[str]], weights: Sequence[float] | None,
+        rows: int, seed: int, references: "list[Tensor] | None" = None,
+    ) -> None:  # fmt: skip
+        """table[s][i]: row i of source s, from places[s][i]; references[s][i]: what the reference says of it, if it is known."""
+        self.objective, self.table, self.places, self.rows, self.references = objective, table, places, rows, references
+        self.stream = Stream([len(each) for each in table], weights, seed)
 
     def __next__(self) -> Update:
-        from posttrain.batch import Sequences
+        from posttrain import batch as batches
 
         chosen = self.stream.take(self.rows)
-        batch = Sequences.of([self.rendered.rows[source][row] for source, row in chosen])
-        return Update((Item(self.objective, batch, [self.rendered.places[source][row] for source, row in chosen]),))
+        batch = getattr(batches, self.objective.reads).from_rows([self.table[source][row] for source, row in chosen])
+        if self.references is not None:
+            import torch
+
+            batch = batch.with_refs(*torch.stack([self.references[source][row] for source, row in chosen]).unbind(1))
+        return Update((Item(self.objective, batch, [self.places[source][row] for source, row in chosen]),))
 
     def state(self) -> "tuple[dict[str, Any], dict[str, Tensor]]":
         return self.stream.state(), {}
@@ -80,3 +88,23 @@ class SampledUpdates:
 
     def load(self, plain: dict[str, Any], tensors: "dict[str, Tensor]") -> None:
         self.stream.load(plain, tensors)
+
+
+class Mixed:
+    """The updates of a stage, each with rows of something else to learn from beside."""
+
+    def __init__(self, first: Updates, beside: Updates, weight: float) -> None:
+        self.first, self.beside, self.weight = first, beside, weight
+
+    def __next__(self) -> Update:
+        update = next(self.first)
+        more = [replace(item, weight=self.weight, name="mix/") for item in next(self.beside).items]
+        return replace(update, items=(*update.items, *more))
+
+    def state(self) -> "tuple[dict[str, Any], dict[str, Tensor]]":
+        plain, tensors = self.first.state()
+        return {"first": plain, "beside": self.beside.state()[0]}, tensors
+
+    def load(self, plain: dict[str, Any], tensors: "dict[str, Tensor]") -> None:
+        self.first.load(plain["first"], tensors)
+        self.beside.load(plain["beside"], {})

@@ -21,6 +21,11 @@ ADAPTER = "default"
 PREFIX = "base_model.model."  # of every weight in peft's files: the model inside of a PeftModel
 
 
+def scores(model: "PreTrainedModel") -> bool:
+    """Whether the model has a score head, which is trained in full beside any tuner."""
+    return model.get_output_embeddings() is None and hasattr(model, "score")
+
+
 class LoRA(Tuner, kind="lora"):
     """y = W x + (alpha / rank) B A x with W frozen, B = 0 at the start. arXiv 2106.09685.
 
@@ -47,17 +52,15 @@ class LoRA(Tuner, kind="lora"):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself (GPT-2's Conv1D)
-                inject_adapter_in_model(self._config(), model, ADAPTER)
+                inject_adapter_in_model(self._config("SEQ_CLS" if scores(model) else "CAUSAL_LM"), model, ADAPTER)
         except ValueError as error:
             first = str(error).splitlines()[0]
             raise RecipeError(f"tuner.targets: this architecture does not take LoRA there: {first}; name other layers") from None
 
-    def _config(self) -> "LoraConfig":
+    def _config(self, task: str) -> "LoraConfig":
         from peft import LoraConfig
 
-        return LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, use_rslora=self.rslora, task_type="CAUSAL_LM"
-        )
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, use_rslora=self.rslora, task_type=task)
 
     def _check_targets(self, model: "PreTrainedModel") -> None:
         if self.targets == "all-linear":
@@ -103,9 +106,12 @@ class LoRA(Tuner, kind="lora"):
         folder.mkdir(parents=True, exist_ok=True)
         state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
         state = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
+        if scores(model):
+            state[f"{PREFIX}score.weight"] = model.get_submodule("score").weight.detach().contiguous()
         save_file(state, folder / "adapter_model.safetensors")
         config = model.peft_config[ADAPTER]
         config.base_model_name_or_path, config.inference_mode = base, True
+        config.modules_to_save = ["score"] if scores(model) else None
         config.target_modules = sorted(config.target_modules)  # a set has another order in every process
         config.save_pretrained(str(folder))
 

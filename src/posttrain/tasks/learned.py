@@ -1,0 +1,215 @@
+"""Graders that are models: a reward model, and a language model that is asked to judge. And the weighted sum of any graders."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, PositiveInt, PrivateAttr, field_validator
+
+from posttrain.component import Settings
+from posttrain.errors import ModelError
+from posttrain.models.source import ModelSource, compare_tokens, refuse_other_tokens
+from posttrain.tasks.grader import Grader, checked, failed
+from posttrain.text import Grade, Message, Problem, Sample
+
+if TYPE_CHECKING:
+    from posttrain.data.render import Template
+
+
+class RewardModelGrader(Grader, kind="reward_model"):
+    """The score of a reward model, read at the last token of prompt and answer as they were sampled.
+
+    The model must have the policy's tokenizer: it reads the sampled tokens themselves.
+    """
+
+    model: ModelSource
+    """The reward model: a stage's (`{stage: reward}`), a folder or a hub name."""
+    micro_tokens: PositiveInt = 4096
+    """Tokens computed at a time."""
+
+    _lm: Any = PrivateAttr(None)
+
+    @property
+    def open_scale(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        self.model.check()
+
+    def check_policy(self, policy: ModelSource) -> None:
+        refuse_other_tokens("reward model", self.model, policy)
+
+    def prepare(self, template: "Template") -> None:
+        """Raises ModelError where the reward model reads other tokens than the policy writes."""
+        if self._lm is not None:
+            return
+        from posttrain.models.load import load_scalar, load_tokenizer
+
+        theirs = load_tokenizer(self.model).get_vocab()
+        compare_tokens("reward model", str(self.model.path), template.tokenizer.get_vocab(), theirs)
+        loaded = load_scalar(self.model).lm
+        loaded.requires_grad_(False)
+        self._lm = loaded
+
+    def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
+        import torch
+
+        from posttrain.batch import Sequences
+
+        if not samples:
+            return []
+        with torch.no_grad():
+            scores = self._lm.scores_of_many(Sequences.of([(one.tokens, one.sampled) for one in samples]), self.micro_tokens)
+        return [checked(Grade(float(score))) for score in scores.tolist()]
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        return failed("a reward model grades samples, not texts")
+
+
+class JudgeGrader(Grader, kind="judge"):
+    """A language model is asked for a mark; the reward is the expected mark, brought to [-1, 1].
+
+    arXiv 2309.00267 (d-RLAIF): sum of mark times its probability, among the marks only, as the answer's next tokens; then
+    (mark - middle) / half of the range.
+    """
+
+    model: ModelSource
+    """The judge."""
+    question: str = (
+        "Here is a request and a response to it.\n\nRequest: {prompt}\n\nResponse: {answer}\n\n"
+        "How good is the response, from {lowest} (bad) to {highest} (very good)? Answer with the number only."
+    )
+    """What the judge is asked, with {prompt}, {answer}, {lowest} and {highest} in it."""
+    lowest: int = 1
+    """The lowest mark."""
+    highest: int = 10
+    """The highest mark."""
+    micro_tokens: PositiveInt = 4096
+    """Tokens computed at a time."""
+
+    _judge: Any = PrivateAttr(None)
+
+    @field_validator("question")
+    @classmethod
+    def _asks_about_the_answer(cls, value: str) -> str:
+        try:
+            shown = value.format(prompt="a", answer="the answer", lowest=1, highest=2)
+        except (KeyError, IndexError, ValueError) as error:
+            known = "{prompt}, {answer}, {lowest} and {highest}"
+            raise ValueError(f"the question cannot be filled in ({error}); it may hold {known}") from None
+        if "the answer" not in shown:
+            raise ValueError("the question does not show the answer; put {answer} into it")
+        return value
+
+    @property
+    def open_scale(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        self.model.check()
+        if self.lowest >= self.highest:
+            raise ModelError(f"judge: lowest {self.lowest} is not below highest {self.highest}")
+
+    def prepare(self, template: "Template") -> None:
+        if self._judge is None:
+            from posttrain.data.render import Template as Rendering
+            from posttrain.models.load import load
+
+            loaded = load(self.model)
+            loaded.lm.requires_grad_(False)
+            self._judge = (loaded.lm, Rendering(loaded.tokenizer))
+
+    def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
+        import torch
+
+        from posttrain import losses
+        from posttrain.batch import Sequences
+
+        lm, template = self._judge
+        marks = list(range(self.lowest, self.highest + 1))
+        answers = [[*template.tokenizer(str(mark), add_special_tokens=False)["input_ids"], template.end_id] for mark in marks]
+        grades: list[Grade | None] = []
+        rows = []
+        for one in samples:
+            prompt = self._asked(one, template)
+            room = math.inf if lm.context is None else lm.context - max(map(len, answers))
+            if isinstance(prompt, Grade) or len(prompt) > room:
+                grades.append(prompt if isinstance(prompt, Grade) else failed("the question is longer than the judge's context"))
+                continue
+            grades.append(None)
+            rows += [(prompt + said, [False] * len(prompt) + [True] * len(said)) for said in answers]
+        if not rows:
+            return [grade for grade in grades if grade is not None]
+        seqs = Sequences.of(rows)
+        with torch.no_grad():
+            logp = lm.logprobs_of_many(seqs, self.micro_tokens)
+        shares = losses.sequence_sums(logp.double(), seqs.owner, seqs.count).reshape(-1, len(marks)).softmax(-1)
+        expected = iter((shares @ torch.tensor(marks, dtype=torch.float64)).tolist())
+        return [grade if grade is not None else self._graded(next(expected)) for grade in grades]
+
+    def _asked(self, one: Sample, template: Any) -> list[int] | Grade:
+        """The tokens of the question about an answer, or why it cannot be asked."""
+        if (control := template.control_in(one.text)) is not None:
+            return failed(f"the answer spells the judge's control token {control}")  # and could go on as the judge
+        asked = "\n".join(message.content for message in one.problem.prompt)
+        question = self.question.format(prompt=asked, answer=one.text, lowest=self.lowest, highest=self.highest)
+        return list(template.prompt([Message("user", question)]))
+
+    def _graded(self, mark: float) -> Grade:
+        middle, half = (self.lowest + self.highest) / 2, (self.highest - self.lowest) / 2
+        return checked(Grade((mark - middle) / half, {"mark": mark}))
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        return self.grade_all([Sample(problem, 0, (), (), (), "end", text)])[0]
+
+
+class Part(Settings):
+    """One of the graders of a sum."""
+
+    grader: Grader
+    """What grades."""
+    weight: float = 1.0
+    """What its score is multiplied by; negative for a penalty."""
+
+
+class WeightedGrader(Grader, kind="weighted"):
+    """A weighted sum of other graders' scores, each logged as a part of the reward. Where one fails, there is no score."""
+
+    parts: dict[str, Part] = Field(min_length=1)
+    """The graders by name, each with its weight."""
+
+    @property
+    def open_scale(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        for part in self.parts.values():
+            part.grader.check()
+
+    def check_policy(self, policy: ModelSource) -> None:
+        for part in self.parts.values():
+            part.grader.check_policy(policy)
+
+    def prepare(self, template: "Template") -> None:
+        for part in self.parts.values():
+            part.grader.prepare(template)
+
+    def gold_problem(self, problem: Problem) -> str | None:
+        wrong = (part.grader.gold_problem(problem) for part in self.parts.values())
+        return next((each for each in wrong if each), None)
+
+    def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
+        columns = {name: part.grader.grade_all(samples) for name, part in self.parts.items()}
+        return [self._sum({name: grades[row] for name, grades in columns.items()}) for row in range(len(samples))]
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        return self._sum({name: part.grader.grade(problem, text) for name, part in self.parts.items()})
+
+    def _sum(self, grades: dict[str, Grade]) -> Grade:
+        for name, grade in grades.items():
+            if grade.score is None:
+                return failed(f"{name}: {grade.failure}")
+        scores = {name: grade.score for name, grade in grades.items() if grade.score is not None}
+        inner = {f"{name}/{part}": value for name, grade in grades.items() for part, value in grade.parts.items()}
+        total = sum(self.parts[name].weight * score for name, score in scores.items())
+        return checked(Grade(total, {**scores, **inner}))

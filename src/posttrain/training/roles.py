@@ -1,0 +1,130 @@
+"""The models beside the policy: the reference, and the critic that is trained with it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain import draws
+from posttrain.batch import Sequences
+from posttrain.models.actor_critic import ActorCritic, ValueHead
+from posttrain.models.lm import LM
+from posttrain.models.load import Loaded, LoadedScalar, load, load_scalar, load_tokenizer
+from posttrain.models.roles import Earlier, Frozen, Roles
+from posttrain.models.source import ModelSource, compare_tokens
+from posttrain.text import RenderedRow
+from posttrain.training.fit import Learner
+from posttrain.training.settings import Critic, TrainSettings
+from posttrain.tuners import tuned
+
+if TYPE_CHECKING:
+    from posttrain.training.session import Session
+
+AT_ONCE = 512  # rows that the reference is asked about at a time
+
+
+def new_head(seed: int) -> Callable[[Tensor], Any]:
+    """Fills the weight [1, D] of a new score head with draws of deviation 1 / sqrt(D + 1) (arXiv 1909.08593)."""
+
+    def fill(weight: Tensor) -> None:
+        draw = draws.generator(seed, "score head").standard_normal(weight.shape) / (weight.shape[1] + 1) ** 0.5
+        weight.copy_(torch.from_numpy(draw))
+
+    return fill
+
+
+def frozen_roles(
+    settings: TrainSettings,
+    loaded: Loaded | LoadedScalar,
+    parameters: Mapping[str, nn.Parameter],
+    say: Callable[[str], None] = lambda _line: None,
+) -> Roles:
+    """The reference is the model that the stage starts from: the policy with its tuner off, or its weights as they were; or
+    another model, where the recipe names one."""
+    lm, plan = loaded.lm, settings.reference
+    micro_tokens = settings.batch.at_a_time(lm.device.type)
+    roles = Roles(controls=settings.objective.controls(), micro_tokens=micro_tokens)
+    if "reference" not in settings.objective.needs or plan.cache:
+        return roles
+    assert isinstance(lm, LM)
+    if plan.model is not None and plan.model != settings.model:
+        roles.reference = Frozen(other_reference(plan.model, settings, loaded.tokenizer, say), micro_tokens=micro_tokens)
+    elif plan.refresh is None and settings.tuner.reversible:
+        roles.reference = Frozen(lm, lambda: settings.tuner.switched_off(lm.model), micro_tokens)
+    else:
+        refresh = plan.refresh
+        roles.earlier = Earlier(parameters, *(() if refresh is None else (refresh.every, refresh.mix)))
+        roles.reference = Frozen(lm, roles.earlier.in_place, micro_tokens)
+    return roles
+
+
+def other_reference(source: ModelSource, settings: TrainSettings, tokenizer: Any, say: Callable[[str], None]) -> LM:
+    """A reference that is not the stage's start, with a word about it. Raises ModelError where it reads other tokens."""
+    refuse_other_tokenizer(source, tokenizer, "reference")
+    say(f"the reference is {source.path}, not the model that this stage starts from, {settings.model.path}")
+    lm = load(source).lm
+    lm.requires_grad_(False)
+    return lm
+
+
+def refuse_other_tokenizer(source: ModelSource, tokenizer: Any, role: str) -> None:
+    """Raises ModelError, before its weights are read, where a role's tokenizer is not the policy's."""
+    compare_tokens(role, str(source.path), tokenizer.get_vocab(), load_tokenizer(source).get_vocab())
+
+
+def actor_critic(settings: TrainSettings, plan: Critic, lm: LM, tokenizer: Any, seed: int) -> tuple[ActorCritic, Learner]:
+    """The policy with its critic, and what moves in the critic."""
+    if plan.shared:
+        head = ValueHead(lm)
+        return ActorCritic(lm, head), Learner.of({f"critic.{name}": each for name, each in head.named_parameters()}, plan.optim)
+    source = plan.model or settings.model
+    refuse_other_tokenizer(source, tokenizer, "critic")
+    critic = load_scalar(source, nn.init.zeros_).lm
+    with torch.random.fork_rng():
+        torch.manual_seed(draws.key(seed, "critic's tuner") % 2**63)
+        plan.tuner.install(critic.model)
+    critic.head.requires_grad_(True)
+    parameters = {f"critic.{name}": each for name, each in tuned(critic.model).items()}
+    return ActorCritic(lm, critic), Learner.of(parameters, plan.optim)
+
+
+def cached_references(
+    settings: TrainSettings, session: "Session", lm: LM, tokenizer: Any, table: list[list[RenderedRow]]
+) -> list[Tensor]:
+    """For each source [rows, columns], float32: what the reference says of each row's sequences, summed over each answer.
+
+    Kept in `<run>/cache`, under a name made from the reference's weights and the tokens: computed once for all stages that
+    share both. Called before anything was trained.
+    """
+    from safetensors.torch import load_file, save_file
+
+    source = settings.reference.model or settings.model
+    tokens = [[row.sequences for row in rows] for rows in table]
+    about = json.dumps([source.fingerprint(), source.dtype, tokens])
+    folder = session.folder.parent / "cache"
+    path = folder / f"reference-{hashlib.sha256(about.encode()).hexdigest()[:20]}.safetensors"
+    if not path.is_file():
+        other = settings.reference.model is not None and source != settings.model
+        judge = other_reference(source, settings, tokenizer, session.say) if other else lm
+        reference = Frozen(judge, micro_tokens=settings.batch.at_a_time(lm.device.type))
+        found = {str(index): reference_sums(reference, rows) for index, rows in enumerate(table)}
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = Path(f"{path}.tmp")
+        save_file(found, staged)
+        staged.replace(path)
+    known = load_file(path)
+    return [known[str(index)] for index in range(len(table))]
+
+
+def reference_sums(reference: Frozen, rows: list[RenderedRow]) -> Tensor:
+    """[rows, sequences of a row]: log p of each answer."""
+    found = []
+    for start in range(0, len(rows), AT_ONCE):
+        part = rows[start : start + AT_ONCE]
+        sides = [Sequences.of([row.sequences[side] for row in part]) for side in range(len(part[0].sequences))]
+        found.append(torch.stack(reference.sums(*sides), dim=1))
+    return torch.cat(found).float()

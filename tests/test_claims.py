@@ -1,0 +1,162 @@
+"""The claims' own arithmetic, and a quick run of each: fewer seeds and steps, so the shape of the result and not the claim itself."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from claims import __main__ as claims
+from claims import strings, t1, t2, t16, t19, t21
+from claims.claim import exact, number, run
+from posttrain.batch import Sequences
+from posttrain.losses import sequence_sums
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def quick(module, folder):
+    found = run(module, quick=True, folder=folder)
+    written = json.loads((folder / f"{found['name'].lower()}.json").read_text())
+    assert written["checks"] == found["checks"]
+    assert {"value", "se"} <= set(next(iter(written["numbers"].values())))
+    assert (folder / f"{found['name'].lower()}.svg").read_text().startswith("<?xml")
+    return found
+
+
+# ---- quick runs
+
+
+def test_dpo_collapses_and_ipo_reaches_its_closed_form(tmp_path):
+    assert quick(t2, tmp_path)["held"]
+
+
+def test_kl_estimators_have_the_bias_the_spread_and_the_gradients_of_the_table(tmp_path):
+    assert quick(t19, tmp_path)["held"]
+
+
+def test_every_training_climbs_and_none_passes_the_frontier(tmp_path):
+    found = quick(t1, tmp_path)
+    numbers = found["numbers"]
+    assert found["checks"]["no point above the frontier"]
+    for method in t1.METHODS:
+        assert numbers[f"{method} beta 0.5 kl"]["value"] > 0.001
+        assert numbers[f"{method} beta 0.5 reward"]["value"] > numbers["reward of the reference"]["value"]
+
+
+def test_best_of_n_keeps_to_its_bound_and_few_comparisons_lead_astray(tmp_path):
+    found = quick(t16, tmp_path)
+    checks = found["checks"]
+    assert checks["KL at most the bound"]
+    assert checks["KL near the bound in a large space"]
+    assert checks["drawn samples agree with the exact sums"]
+    assert checks["with few pairs gold peaks, then falls"]
+
+
+def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(tmp_path):
+    checks = quick(t21, tmp_path)["checks"]  # speed itself is never a test
+    assert checks["the same loss"]
+    assert checks["the same gradient"]
+
+
+# ---- the world of strings
+
+
+def test_the_probabilities_of_all_strings_sum_to_one_and_are_those_of_the_model():
+    lm = strings.write_model(5)
+    logp = strings.distribution(lm)
+    assert len(logp) == sum(strings.LETTERS**length for length in range(strings.LONGEST + 1))
+    assert float(logp.exp().sum()) == pytest.approx(1, abs=1e-9)
+    some = range(0, len(logp), 997)
+    rows = Sequences.of([strings.rendered(index) for index in some])
+    with torch.no_grad():
+        ours = sequence_sums(lm.logprobs(rows), rows.owner, rows.count)
+    torch.testing.assert_close(ours.double(), logp[list(some)], atol=1e-5, rtol=0)
+
+
+def test_the_frontier_is_where_no_other_policy_is_better():
+    logp = torch.tensor([0.2, 0.5, 0.3], dtype=F64).log()
+    reward = torch.tensor([1.0, 0.0, -1.0], dtype=F64)
+    frontier = t1.Frontier(logp, reward)
+    kl, best = frontier.at(0.5)
+    policy = torch.tensor([0.7321654, 0.2477195, 0.0201151], dtype=F64)  # METHODS 6.1
+    assert best == pytest.approx(float(policy @ reward), abs=1e-6)
+    assert best - 0.5 * kl == pytest.approx(0.3511555, abs=1e-6)
+    assert frontier.reward(kl) == pytest.approx(best, abs=1e-9)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        other = torch.randn(3, dtype=F64, generator=draw).log_softmax(0)
+        assert strings.expected(other, reward) <= frontier.reward(strings.divergence(other, logp)) + 1e-9
+
+
+def test_the_best_of_n_has_the_distribution_of_the_best_of_n():
+    logp = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=F64).log()
+    best = t16.BestOf(logp, torch.tensor([2.0, 1.0, 1.0, 0.0], dtype=F64))  # two are tied
+    won = [float(each) for each in best.levels(2)]
+    assert won == pytest.approx([0.16, 0.9**2 - 0.16, 1 - 0.81])
+    values = torch.tensor([0.0, 10.0, 0.0, 0.0], dtype=F64)
+    assert best.mean(values, 2) == pytest.approx(10 * (0.81 - 0.16) * 0.4)  # it has 0.2 of the tied 0.5
+    assert best.kl(1) == pytest.approx(0, abs=1e-12)
+    assert best.kl(2) < t16.bound(2)
+
+
+def test_gold_falls_and_its_peak_moves_only_beyond_two_standard_errors():
+    numbers = {
+        "largest KL minus bound": exact(0.0), "largest gap to the bound in a large space": exact(0.01),
+        "drawn minus exact, standard errors": exact(1.0), "few: fall from the mean's peak": number([1.0, 1.1, 0.9]),
+        "delay of the peak, log2 n": number([4.0, 0.0, -1.0]),
+    }  # fmt: skip
+    checks = t16.judge(numbers)
+    assert checks["with few pairs gold peaks, then falls"]
+    assert not checks["more pairs delay the peak"]
+
+
+def test_a_bin_counts_only_where_both_methods_have_points():
+    numbers = {
+        "dpo bin 0 to 1": number([0.9]), "dpo bin 1 to 2": number([0.8]), "dpo bin 2 to 3": number([0.7]),
+        "ppo true bin 0 to 1": number([0.9]), "ppo true bin 1 to 2": number([0.85]),
+        "ppo learned bin 2 to 3": number([0.6]), "dpo long bin 2 to 3": number([0.1]),
+    }  # fmt: skip
+    assert t1.better(numbers, "dpo", "ppo true") == (1, 2)
+    assert t1.better(numbers, "dpo", "ppo learned") == (1, 1)
+
+
+def test_the_closed_form_of_ipo_is_the_least_squares_solution():
+    assert t2.closed_form(0.1) == pytest.approx([0.96437, 0.03440, 0.00123], abs=1e-5)
+    assert t2.closed_form(1.0) == pytest.approx([0.44844, 0.32132, 0.23024], abs=1e-5)
+
+
+def test_the_exact_values_of_the_estimators_are_those_of_numerical_integration():
+    for mu in t19.TABLE:
+        x = torch.linspace(-12, 12, 400_001, dtype=F64)
+        density = (-0.5 * x**2).exp() / math.sqrt(2 * math.pi) * float(x[1] - x[0])
+        ratio, kl = -0.5 * x**2 + 0.5 * (x - mu) ** 2, mu**2 / 2
+        for name, values in (("k1", ratio), ("k2", 0.5 * ratio**2), ("k3", torch.expm1(-ratio) + ratio)):
+            mean = float((density * values).sum())
+            deviation = float((density * (values - mean) ** 2).sum()) ** 0.5
+            assert (deviation / kl, mean / kl - 1) == pytest.approx(t19.exact_values(mu)[name], abs=1e-6)
+
+
+# ---- what is written down
+
+
+def test_a_standard_error_is_that_of_a_mean():
+    assert number([1.0, 2.0, 3.0]) == {"value": 2.0, "se": pytest.approx(1 / math.sqrt(3)), "seeds": [1.0, 2.0, 3.0]}
+
+
+def test_the_table_of_the_docs_is_that_of_the_results():
+    text = claims.PAGE.read_text(encoding="utf-8")
+    assert claims.page(text) == text, "run: python -m claims --table"
+
+
+def test_no_result_of_a_quick_run_is_kept():
+    for path in claims.RESULTS.glob("*.json"):
+        assert not json.loads(path.read_text(encoding="utf-8"))["quick"], path.name
