@@ -580,7 +580,7 @@ def test_the_cache_is_asked_of_another_model_where_the_recipe_names_one(tmp_path
     loaded = load(stage.model)
     rows = [[RenderedRow((([1, 2, 3], [False, True, True]), ([1, 4], [False, True])), (1.0, 0.0))]]
     session = Session(tmp_path / "x", "owner")
-    (found,) = cached_references(stage, session, loaded.lm, loaded.tokenizer, rows)
+    (found,) = cached_references(stage, session.cache, loaded.lm, loaded.tokenizer, rows, session.say)
     batch = Pairs.from_rows(rows[0])
     with torch.no_grad():
         wanted = [float(loaded.lm.logprobs(each).sum()) for each in batch.sequences]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from posttrain.component import Settings
+from posttrain.data import comparisons as comparisons  # whose formats are registered with it
 from posttrain.data.format import Format, Unusable, detect
 from posttrain.data.render import Making, Template
 from posttrain.data.rows import making_row

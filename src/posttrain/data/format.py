@@ -376,6 +376,3 @@ def _tools(value: Any, where: str, column: str) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise wrong(where, place, "a list of tools", value)
     return tuple(value)
-
-
-from posttrain.data import comparisons  # noqa: E402, F401  (its formats are built on this one; whoever has one has all)

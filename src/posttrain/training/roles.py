@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from posttrain.text import RenderedRow
 from posttrain.training.fit import Learner
 from posttrain.training.settings import Critic, TrainSettings
 from posttrain.tuners import tuned
-
-if TYPE_CHECKING:
-    from posttrain.training.session import Session
 
 AT_ONCE = 512  # rows that the reference is asked about at a time
 
@@ -93,23 +90,22 @@ def actor_critic(settings: TrainSettings, plan: Critic, lm: LM, tokenizer: Any, 
 
 
 def cached_references(
-    settings: TrainSettings, session: "Session", lm: LM, tokenizer: Any, table: list[list[RenderedRow]]
+    settings: TrainSettings, folder: Path, lm: LM, tokenizer: Any, table: list[list[RenderedRow]], say: Callable[[str], None]
 ) -> list[Tensor]:
     """For each source [rows, columns], float32: what the reference says of each row's sequences, summed over each answer.
 
-    Kept in `<run>/cache`, under a name made from the reference's weights and the tokens: computed once for all stages that
-    share both. Called before anything was trained.
+    Kept in `folder` under a name made from the reference's weights and the tokens: computed once for all stages that share
+    both. Called before anything was trained.
     """
     from safetensors.torch import load_file, save_file
 
     source = settings.reference.model or settings.model
     tokens = [[row.sequences for row in rows] for rows in table]
     about = json.dumps([source.fingerprint(), source.dtype, tokens])
-    folder = session.folder.parent / "cache"
     path = folder / f"reference-{hashlib.sha256(about.encode()).hexdigest()[:20]}.safetensors"
     if not path.is_file():
         other = settings.reference.model is not None and source != settings.model
-        judge = other_reference(source, settings, tokenizer, session.say) if other else lm
+        judge = other_reference(source, settings, tokenizer, say) if other else lm
         reference = Frozen(judge, micro_tokens=settings.batch.at_a_time(lm.device.type))
         found = {str(index): reference_sums(reference, rows) for index, rows in enumerate(table)}
         folder.mkdir(parents=True, exist_ok=True)

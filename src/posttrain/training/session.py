@@ -44,6 +44,11 @@ class Session:
     interrupted: Callable[[], str | None] = lambda: None
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def cache(self) -> Path:
+        """What the stages of a run share."""
+        return self.folder.parent / "cache"
+
 
 def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
     """Trains, and writes the model to `<folder>/model` (and an adapter to `<folder>/adapter`, a critic to `<folder>/critic`).
@@ -145,7 +150,9 @@ def make_updates(
             session.say(line)
         session.facts["data"] = {"rows": rendered.usable, "tokens": rendered.tokens, "trained_tokens": rendered.trained}
         table, places = split(objective, rendered)
-        known = cached_references(settings, session, policy, template.tokenizer, table) if settings.reference.cache else None
+        known = None
+        if settings.reference.cache:
+            known = cached_references(settings, session.cache, policy, template.tokenizer, table, session.say)
         count = sum(map(len, table))
         weights = shares(settings.data, table)
         steps = settings.steps or (-int(-count * settings.epochs // settings.batch.rows) if settings.epochs else UNBOUNDED)
@@ -203,7 +210,7 @@ def validator(
         table, _ = split(objective, rendered)
         held_out = getattr(batches, objective.reads).from_rows([row for source in table for row in source])
         if settings.reference.cache:
-            known = torch.cat(cached_references(settings, session, policy, template.tokenizer, table))
+            known = torch.cat(cached_references(settings, session.cache, policy, template.tokenizer, table, session.say))
             held_out = held_out.with_refs(*known.unbind(1))
 
     def validate(run: Training) -> dict[str, Any]:
