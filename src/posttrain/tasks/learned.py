@@ -142,7 +142,7 @@ class JudgeGrader(Grader, kind="judge"):
             return [grade for grade in grades if grade is not None]
         seqs = Sequences.of(rows)
         with torch.no_grad():
-            logp = lm.logprobs_of_many(seqs, self.micro_tokens)
+            logp = lm.logprobs_of_many(seqs, self.micro_tokens).cpu()
         shares = losses.sequence_sums(logp.double(), seqs.owner, seqs.count).reshape(-1, len(marks)).softmax(-1)
         expected = iter((shares @ torch.tensor(marks, dtype=torch.float64)).tolist())
         return [grade if grade is not None else self._graded(next(expected)) for grade in grades]
