@@ -25,6 +25,7 @@ from posttrain.models.roles import Frozen, Roles
 from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import ModelSource
 from posttrain.objectives import Objective
+from posttrain.pipeline.recipe import Recipe
 from posttrain.rl import OnPolicyStream, Rollout
 from posttrain.sampling import InProcess, Sampling
 from posttrain.tasks.grader import Grader
@@ -871,3 +872,13 @@ def test_a_reference_is_asked_only_where_the_kl_has_a_weight(home, tmp_path):
     seen = Seen()
     fit(run, seen)
     assert "kl" not in seen.figures[0]
+
+
+def test_eps_reaches_the_optimizer_of_the_policy_and_that_of_the_critic():
+    parameters = {"w": torch.nn.Parameter(torch.zeros(2, 2))}
+    stage = {
+        "model": "m", "objective": "ppo", "steps": 1, "task": "arithmetic", "optim": {"eps": 1e-5}, "critic": {"optim": {"eps": 1e-6}},
+    }  # fmt: skip
+    asked = Recipe.parse(json.dumps(stage)).stages["train"]
+    for optim, eps in ((asked.optim, 1e-5), (asked.critic.optim, 1e-6)):
+        assert [group["eps"] for group in Learner.of(parameters, optim).optimizer.param_groups] == [eps]

@@ -14,11 +14,12 @@ import torch
 from example_batches import EXAMPLES, labelled, only, pairs, sampled_pairs, uncertain
 from tiny_fits import TUNERS, Fixed, Watcher, build, fitted, learners, near, ready
 from tiny_models import make
-from tiny_runs import DATA, PREFERENCES, SHAPE, parsed, settings, text, train
+from tiny_runs import DATA, PREFERENCES, SHAPE, base, parsed, settings, text, train
 
 from posttrain.batch import Labelled, Pairs, Sequences
+from posttrain.data.dataset import Data
 from posttrain.data.render import Template
-from posttrain.errors import DataError, ModelError, RecipeError
+from posttrain.errors import DataError, InputError, ModelError, RecipeError
 from posttrain.models.create import create
 from posttrain.models.load import load
 from posttrain.models.roles import Earlier, Frozen, Roles
@@ -309,7 +310,7 @@ def test_the_prompt_of_a_pair_is_computed_once_for_both_sides_and_of_a_group_of_
     assert laid[2] == 20 + (3 + 9 + 5) + (4 + 2 + 7)
 
 
-ORDERED = [each for each in PAIRED if not each.settings.get("nll") and each.kind not in ("cpo", "orpo", "xpo")]
+ORDERED = [each for each in PAIRED if each.kind != "xpo"]
 
 
 def swapped(batch):
@@ -325,8 +326,8 @@ def test_a_pair_written_the_other_way_round_with_its_label_is_the_same_pair(exam
         update = ready(lm, item_of(chosen, batch), roles)
         found.append(chosen.loss(lm, update.items[0].batch))
     one, other = found
-    losses = [float(each.terms["preference"].detach()) for each in found]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for term in one.terms:
+        assert float(one.terms[term].detach()) == pytest.approx(float(other.terms[term].detach()), rel=1e-6)
     assert float(one.stats["margin"][0]) == pytest.approx(-float(other.stats["margin"][0]), rel=1e-9)
     assert float(one.stats["accuracy"][0]) == float(other.stats["accuracy"][0])
 
@@ -342,8 +343,8 @@ def test_a_soft_label_is_the_expectation_over_both_orders(example):
         single = batch.select([row])
         p = float(single.prefer[0])
         for weight, side in ((p, single), (1 - p, replace(swapped(single), chosen_ref=single.rejected_ref, rejected_ref=single.chosen_ref))):
-            total += weight * float(chosen.loss(lm, replace(side, prefer=sure)).terms["preference"].detach())
-    assert float(chosen.loss(lm, batch).terms["preference"].detach()) == pytest.approx(total, rel=1e-7)
+            total += weight * float(sum(chosen.loss(lm, replace(side, prefer=sure)).terms.values()).detach())
+    assert float(sum(chosen.loss(lm, batch).terms.values()).detach()) == pytest.approx(total, rel=1e-7)
 
 
 def test_a_tie_is_half_right_and_so_is_a_label_that_says_nothing():
@@ -420,9 +421,22 @@ def test_prompts_are_crossed_with_answers_to_other_prompts_and_their_answers_alo
     assert mismatched(seqs.select([0, 1])) is None
 
 
+def test_no_prompt_meets_an_answer_that_does_not_fit_or_tokens_that_were_not_answered():
+    seqs = Sequences.of([
+        ([1, 2, 3], [False, False, True]),
+        ([4, 5, 6, 7, 8, 9], [False, False, True, False, False, True]),  # a turn of the user within
+        ([4, 5, 6], [False, False, True]),
+    ])  # fmt: skip
+    assert mismatched(seqs, 5).rows() == [[1, 2, 6], [4, 5, 3], [4, 5, 3]]
+    wide = mismatched(seqs, 6)
+    assert wide.rows()[0] == [1, 2, 6, 7, 8, 9]
+    assert wide.train[:6].tolist() == [False, False, True, False, False, True]
+    assert mismatched(seqs, 2) is None
+
+
 def test_an_update_of_one_prompt_is_refused_by_kto():
     lm, batch = make("llama"), only(labelled(None), [0, 4, 7])
-    with pytest.raises(DataError, match=r"objective kto compares each prompt with another one's answer, .* one prompt only; raise batch\.rows"):
+    with pytest.raises(DataError, match=r"objective kto compares each prompt with another one's answer, .* one prompt only, or answers that fit no other prompt into the model's context; raise batch\.rows"):
         ready(lm, item_of(KTO(), batch), Roles(Frozen(lm)))
 
 
@@ -693,3 +707,38 @@ def test_labelled_batches_hold_what_annotate_found():
     assert isinstance(item.batch, Labelled)
     assert item.batch.ref.shape == item.batch.point.shape == (8,)
     assert len(set(item.batch.point.tolist())) == 1
+
+
+def test_a_reference_named_by_other_words_or_in_another_precision_is_the_start_itself():
+    told = []
+    stage = parsed(text("dpo", model={"path": str(base()), "dtype": "mixed"}, reference=str(base()))).stages["train"]
+    loaded = load(stage.model)
+    roles = frozen_roles(stage, loaded, {}, told.append)
+    assert roles.reference.lm is loaded.lm
+    assert not told
+
+
+def test_a_critic_of_a_run_of_a_given_time_has_a_constant_rate_too():
+    stage = settings("ppo", critic={"optim": {"learning_rate": 1e-3}}, seconds=5, optim={"schedule": "constant", "warmup": 0})
+    del stage["steps"]
+    with pytest.raises(InputError, match=r"set critic\.optim\.schedule: constant and critic\.optim\.warmup: 0"):
+        parsed(json.dumps(stage))
+    stage["critic"]["optim"] |= {"schedule": "constant", "warmup": 0}
+    parsed(json.dumps(stage))
+
+
+def test_a_pair_whose_sides_differ_only_in_what_the_template_leaves_out_is_counted_as_equal():
+    loaded = load(str(base()))
+    loaded.tokenizer.chat_template = loaded.tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
+    items = [{"prompt": "What?", "chosen": "yes", "rejected": "yes "}, {"prompt": "What?", "chosen": "yes", "rejected": "no"}]
+    data = Data.model_validate({"sources": {"kind": "inline", "items": items}})
+    rendered = data.render(data.read(), Template(loaded.tokenizer))
+    assert {reason: each.count for reason, each in rendered.dropped.items()} == {"chosen and rejected are the same": 1}
+
+
+def test_rows_that_cannot_be_measured_on_are_refused_before_training():
+    certain = {"kind": "inline", "items": [{"prompt": "a", "chosen": "b", "rejected": "c", "prefer": 1.0}]}
+    unsure = {"kind": "inline", "items": [{"prompt": "a", "chosen": "b", "rejected": "c", "prefer": 0.7}]}
+    stage = parsed(text("dpo", objective={"kind": "psi_po", "psi": "log_odds"}, data={"sources": unsure}, validation={"data": {"sources": certain}})).stages["train"]
+    with pytest.raises(DataError, match=r"no finite target where a preference is as certain as 1"):
+        Rows.read(stage)

@@ -2,15 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
-from tiny_runs import base
+from tiny_runs import SHAPE, base
 
-from posttrain.errors import InputError, RunError
+from posttrain.errors import InputError, ModelError, RunError
 from posttrain.evaluation.preferences import Judged, preference_figures
 from posttrain.pipeline.recipe import Recipe
 from posttrain.pipeline.report import write_report
 from posttrain.pipeline.run import run
+from posttrain.pipeline.stage import Context
 from posttrain.synth.pairs import pairs_of
 from posttrain.text import Grade, Message, Problem, Sample
 
@@ -114,6 +116,21 @@ def test_a_stage_that_makes_no_rows_is_refused_as_a_source():
     value = {"stages": {"sft": {"model": "m", "objective": "sft", "data": "x.jsonl", "steps": 1}, "dpo": {"model": "m", "objective": "dpo", "data": {"sources": {"kind": "stage", "stage": "sft"}}, "steps": 1}}}  # fmt: skip
     with pytest.raises(InputError, match="stage 'dpo' wants the rows of stage 'sft', but a stage of kind train makes none"):
         Recipe.parse(json.dumps(value))
+
+
+def test_a_divergence_from_a_model_that_reads_other_tokens_is_refused(tmp_path):
+    texts = {"kind": "inline", "items": [{"text": "other words altogether, and 9 of them"}] * 9}
+    other = {"kind": "create", "data": {"sources": texts}, "vocabulary": 310, "architecture": SHAPE}
+    asked = {**evaluated("x"), "model": str(base()), "kl_to": {"stage": "other"}}
+    with pytest.raises(ModelError, match=r"kl_to: .* has another tokenizer than the policy"):
+        run(Recipe.parse(json.dumps({"stages": {"other": other, "test": asked}}), name="odd"), tmp_path)
+
+
+def test_what_a_grader_loads_goes_with_its_stage():
+    stage = Recipe.parse(json.dumps({**evaluated("x"), "model": "m", "kl_to": "m"})).stages["evaluate"]
+    context = Context("evaluate", Path("x"), "key", 0, {}, {})
+    assert context.resolved(stage).task.grader == stage.task.grader
+    assert context.resolved(stage).task.grader is not stage.task.grader
 
 
 def sampled(problem, index, text, stop="end"):

@@ -148,6 +148,14 @@ class Rendered:
     def usable(self) -> int:
         return self.count - Drops(self.dropped).total
 
+    def refuse_beyond(self, context: int | None) -> None:
+        """Raises DataError where a row is longer than a model's context."""
+        if context is not None and self.longest > context:
+            raise DataError(
+                f"the longest row has {self.longest} tokens, but the model's context is {context}; "
+                f"set data.max_tokens: {context} (longer rows are then dropped and counted)"
+            )
+
     def summary(self) -> list[str]:
         sizes = f"{len(self.sequences):,} sequences, {self.tokens:,} tokens, {self.trained:,} of them trained"
         shape = f"{sizes}, longest {self.longest:,}"

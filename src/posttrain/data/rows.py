@@ -31,6 +31,8 @@ def making_row(row: Row, template: Template, learn: Learn) -> Making[RenderedRow
             return RenderedRow(((yield from template.making_conversation(row, learn)),))
         case Preference():
             sides = yield from _answers(row.prompt, (row.chosen, row.rejected), template, row.where)
+            if sides[0] == sides[1]:  # the template, or the tokenizer, may leave out what told them apart
+                raise Unusable("chosen and rejected are the same")
             return RenderedRow(sides, (row.prefer, row.margin))
         case Labelled():
             return RenderedRow((yield from _answers(row.prompt, (row.completion,), template, row.where)), (float(row.good),))

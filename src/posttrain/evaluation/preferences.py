@@ -45,10 +45,10 @@ def preference_figures(pairs: Sequence[Judged]) -> dict[str, Figure]:
 
 
 def agrees(gap: float, prefer: float) -> float:
-    """1 where the sign of the gap is that of the label, 1/2 where there is no gap."""
-    if gap == 0:
+    """1 where the sign of the gap is that of the label, 1/2 where there is no gap or no preference."""
+    if gap == 0 or prefer == 0.5:
         return 0.5
-    return float((gap > 0) == (prefer >= 0.5))
+    return float((gap > 0) == (prefer > 0.5))
 
 
 def cross_entropy(gap: float, prefer: float) -> float:

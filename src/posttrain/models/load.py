@@ -24,7 +24,7 @@ from posttrain.models.attention import TreePlan
 from posttrain.models.backbone import Backbone, LayoutName
 from posttrain.models.lm import LM
 from posttrain.models.scalar import ScalarLM
-from posttrain.models.source import ModelSource
+from posttrain.models.source import ModelSource, compare_tokens
 from posttrain.paths import resolve
 
 DTYPES = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -66,6 +66,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(folder) if folder else source.path, revision=source.revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source.path}: transformers cannot load this tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def refuse_other_tokenizer(role: str, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ModelError, before its weights are read, where a role's tokenizer is not the policy's."""
+    compare_tokens(role, str(source.path), tokenizer.get_vocab(), load_tokenizer(source).get_vocab())
 
 
 def load_scalar(source: ModelSource | str | Path, fresh: Callable[[Tensor], Any] | None = None) -> LoadedScalar:

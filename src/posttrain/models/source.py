@@ -79,6 +79,10 @@ class ModelSource(Settings):
 
         return not torch.cuda.is_available()
 
+    def same_weights(self, other: "ModelSource") -> bool:
+        """Whether the two name one model, be it by other words or in another precision."""
+        return self.fingerprint() == other.fingerprint()
+
     def fingerprint(self) -> str:
         """Of a local folder the hash of its files, of a hub model its name and revision."""
         assert self.path is not None
@@ -113,7 +117,8 @@ def _vocabulary(folder: Path | None) -> dict[str, int] | None:
     """{token: id} of a local tokenizer.json; None where there is none of a known form."""
     try:
         found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) if folder is not None else {}
-        return dict(found["model"]["vocab"])
+        vocabulary = found["model"]["vocab"]
+        return vocabulary if isinstance(vocabulary, dict) else None  # a list has scores, not ids
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

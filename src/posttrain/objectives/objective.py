@@ -49,8 +49,8 @@ class Objective(Component):
         """What its controllers begin with, by name; they live in `roles.controls` and are part of a run's state."""
         return {}
 
-    def check_rows(self, rows: "Sequence[Row]") -> None:
-        """Refuses, before any weight is read, rows that it cannot learn from together. Raises DataError."""
+    def check_rows(self, rows: "Sequence[Row]", learning: bool = True) -> None:
+        """Refuses, before any weight is read, rows that it cannot learn from, or cannot be measured on. Raises DataError."""
 
     def split(self, row: "RenderedRow") -> "tuple[RenderedRow, ...]":
         """The rows that a rendered row is for it."""

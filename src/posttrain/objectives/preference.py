@@ -77,7 +77,8 @@ class PreferenceObjective(Objective):
             value = value * batch.weight.to(value.dtype)
         terms = {"preference": value.sum()}
         if self.nll:
-            terms["nll"] = self.nll * -(sides[0] / sizes[0]).sum()
+            prefer = batch.prefer.to(sides[0].dtype)
+            terms["nll"] = self.nll * -(prefer * sides[0] / sizes[0] + (1 - prefer) * sides[1] / sizes[1]).sum()
         terms |= self.extra_terms(sides, batch)
         return Loss(terms, pair_stats(ratios, sides, batch))
 
@@ -193,7 +194,7 @@ class PsiPO(PreferenceObjective, kind="psi_po"):
             imported(self.psi, "identity, log_odds, or `my_package.module:my_function`")
         return self
 
-    def check_rows(self, rows: "Sequence[Row]") -> None:
+    def check_rows(self, rows: "Sequence[Row]", learning: bool = True) -> None:
         import torch
 
         prefer = torch.tensor([row.prefer for row in rows if isinstance(row, Preference)])

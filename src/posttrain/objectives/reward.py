@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from posttrain.batch import Labelled, Pairs, Ranked, Stepped
     from posttrain.models.scalar import ScalarLM
-    from posttrain.text import Row
+    from posttrain.text import RenderedRow, Rendering, Row
 
 
 class RewardObjective(Objective):
@@ -31,6 +31,10 @@ class RewardObjective(Objective):
     measures = ("accuracy",)
     scores = True
 
+    def exemplary(self, row: "RenderedRow") -> "tuple[Rendering, ...]":
+        """The answers of a row that `normalise` brings to a mean of 0: all, or those that are known to be the better ones."""
+        return row.sequences
+
 
 class OfSeveral(RewardObjective):
     """Those that compare the answers to one prompt."""
@@ -38,7 +42,7 @@ class OfSeveral(RewardObjective):
     reads = "Ranked"
     rows = frozenset({"Ranking"})
 
-    def check_rows(self, rows: "Sequence[Row]") -> None:
+    def check_rows(self, rows: "Sequence[Row]", learning: bool = True) -> None:
         for row in rows:
             if isinstance(row, Ranking) and len(row.completions) < 2:
                 raise DataError(
@@ -60,6 +64,9 @@ class BradleyTerry(RewardObjective, kind="bradley_terry"):
 
     reads = "Pairs"
     rows = frozenset({"Preference"})
+
+    def exemplary(self, row: "RenderedRow") -> "tuple[Rendering, ...]":
+        return row.sequences[:1]
 
     def units(self, batch: "Pairs") -> dict[str, int]:
         return {"ranking": batch.count} | ({"centring": batch.count} if self.centring else {})
@@ -106,8 +113,8 @@ class RankingReward(OfSeveral, kind="ranking_reward"):
 class BestOfK(OfSeveral, kind="best_of_k"):
     """-log softmax(r)[best] over the K answers to one prompt. arXiv 1909.08593 (K = 4). The best has the highest score."""
 
-    def check_rows(self, rows: "Sequence[Row]") -> None:
-        super().check_rows(rows)
+    def check_rows(self, rows: "Sequence[Row]", learning: bool = True) -> None:
+        super().check_rows(rows, learning)
         for row in rows:
             if isinstance(row, Ranking) and row.scores.count(max(row.scores)) > 1:
                 raise DataError(f"{row.where}: two answers share the highest score; objective best_of_k needs one best")
@@ -147,11 +154,14 @@ class LabelledReward(RewardObjective, kind="labelled_reward"):
     reads = "Labelled"
     rows = frozenset({"Labelled"})
 
-    def check_rows(self, rows: "Sequence[Row]") -> None:
+    def check_rows(self, rows: "Sequence[Row]", learning: bool = True) -> None:
         labelled = [row for row in rows if isinstance(row, LabelledRow)]
-        if labelled and len({row.good for row in labelled}) == 1:
+        if learning and labelled and len({row.good for row in labelled}) == 1:
             kind = "good" if labelled[0].good else "bad"
             raise DataError(f"{labelled[0].where}: all {len(rows):,} answers are {kind}; there is nothing to tell apart")
+
+    def exemplary(self, row: "RenderedRow") -> "tuple[Rendering, ...]":
+        return () if row.numbers == (0.0,) else row.sequences
 
     def units(self, batch: "Labelled") -> dict[str, int]:
         return {"label": batch.count}

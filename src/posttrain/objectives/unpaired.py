@@ -1,5 +1,6 @@
 """Preference objectives on single answers, each labelled good or bad."""
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -36,9 +37,9 @@ class UnpairedObjective(Objective):
     def needs(self) -> frozenset[str]:
         return frozenset({"reference"})
 
-    def check_rows(self, rows: "Sequence[Row]") -> None:
+    def check_rows(self, rows: "Sequence[Row]", learning: bool = True) -> None:
         labelled = [row for row in rows if isinstance(row, LabelledRow)]
-        if labelled and len(labelled) == len(rows) and len({row.good for row in labelled}) == 1:
+        if learning and labelled and len(labelled) == len(rows) and len({row.good for row in labelled}) == 1:
             kind = "good" if labelled[0].good else "bad"
             raise DataError(
                 f"{labelled[0].where}: all {len(rows):,} answers are {kind}; objective {self.kind} learns from good and bad "
@@ -99,11 +100,11 @@ class KTO(UnpairedObjective, kind="kto"):
 
         assert roles.reference is not None
         batch = self._with_reference(batch, roles)
-        crossed = mismatched(batch.seqs)
+        crossed = mismatched(batch.seqs, policy.context)
         if crossed is None:
             raise DataError(
-                "objective kto compares each prompt with another one's answer, and this update has one prompt only; "
-                "raise batch.rows"
+                "objective kto compares each prompt with another one's answer, and this update has one prompt only, or answers "
+                "that fit no other prompt into the model's context; raise batch.rows"
             )
         logp = policy.logprobs_of_many(crossed, roles.micro_tokens).cpu().double()
         (ref,) = roles.reference.sums(crossed)
@@ -115,21 +116,23 @@ class KTO(UnpairedObjective, kind="kto"):
         return losses.kto(ratio, good, point, self.beta, self.weight_good, self.weight_bad)
 
 
-def mismatched(seqs: "Sequences") -> "Sequences | None":
-    """Each prompt with the answer of the next sequence whose prompt differs; None where all prompts are the same."""
+def mismatched(seqs: "Sequences", context: int | None = None) -> "Sequences | None":
+    """Each prompt with the answer of the next sequence whose prompt differs and whose answer fits; None where none has one."""
     from posttrain.batch import Sequences
 
     train, edges = seqs.train.tolist(), seqs.starts.tolist()
     parts = []
     for tokens, start, stop in zip(seqs.rows(), edges, edges[1:], strict=False):
         begin = next((place for place, mark in enumerate(train[start:stop]) if mark), len(tokens))
-        parts.append((tokens[:begin], tokens[begin:]))
+        parts.append((tokens[:begin], tokens[begin:], train[start + begin : stop]))
     rows = []
-    for index, (prompt, _) in enumerate(parts):
+    for index, (prompt, _, _) in enumerate(parts):
+        room = math.inf if context is None else context - len(prompt)
         others = (parts[(index + step) % len(parts)] for step in range(1, len(parts)))
-        answer = next((answer for other, answer in others if other != prompt and answer), None)
-        if answer is not None and prompt:
-            rows.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
+        fitting = ((answer, marks) for other, answer, marks in others if other != prompt and 0 < len(answer) <= room)
+        if prompt and (found := next(fitting, None)) is not None:
+            answer, marks = found
+            rows.append((prompt + answer, [False] * len(prompt) + marks))
     return Sequences.of(rows) if rows else None
 
 

@@ -6,7 +6,7 @@ from posttrain.batch import Sequences
 from posttrain.data.dataset import Data
 from posttrain.data.render import Template
 from posttrain.evaluation.preferences import Judged
-from posttrain.models.load import load, load_scalar
+from posttrain.models.load import load, load_scalar, refuse_other_tokenizer
 from posttrain.models.roles import Frozen
 from posttrain.models.source import ModelSource
 from posttrain.text import RenderedRow
@@ -18,12 +18,13 @@ def judged_pairs(model: ModelSource, reference: ModelSource | None, beta: float,
     """Each pair with its scores, and what there is to say of the data."""
     if reference is None:
         scorer = load_scalar(model)
-        rows, sides, summary = _sides(data, Template(scorer.tokenizer))
+        rows, sides, summary = _sides(data, Template(scorer.tokenizer), scorer.lm.context)
         with torch.no_grad():
             scores = [scorer.lm.scores_of_many(each, AT_A_TIME) for each in sides]
     else:
         loaded = load(model)
-        rows, sides, summary = _sides(data, Template(loaded.tokenizer))
+        refuse_other_tokenizer("reference", reference, loaded.tokenizer)
+        rows, sides, summary = _sides(data, Template(loaded.tokenizer), loaded.lm.context)
         policy, other = (Frozen(lm, micro_tokens=AT_A_TIME) for lm in (loaded.lm, load(reference).lm))
         scores = [beta * (ours - theirs) for ours, theirs in zip(policy.sums(*sides), other.sums(*sides), strict=True)]
     (chosen, rejected), lengths = [each.tolist() for each in scores], [each.trained_lengths.tolist() for each in sides]
@@ -31,7 +32,8 @@ def judged_pairs(model: ModelSource, reference: ModelSource | None, beta: float,
     return [Judged(*each) for each in zip(chosen, rejected, lengths[0], lengths[1], prefer, strict=True)], summary
 
 
-def _sides(data: Data, template: Template) -> tuple[list[RenderedRow], list[Sequences], list[str]]:
+def _sides(data: Data, template: Template, context: int | None) -> tuple[list[RenderedRow], list[Sequences], list[str]]:
     rendered = data.render(data.read(), template)
+    rendered.refuse_beyond(context)
     rows = [row for source in rendered.rows for row in source]
     return rows, [Sequences.of([row.sequences[side] for row in rows]) for side in (0, 1)], rendered.summary()

@@ -14,7 +14,7 @@ from posttrain.data.source import File, StageRows
 from posttrain.models.source import ModelSource
 from posttrain.paths import resolve
 from posttrain.pipeline.signals import Interrupted as Interrupted
-from posttrain.tasks import Task
+from posttrain.tasks import Grader, Task
 
 Metrics = dict[str, Any]
 Section = TypeVar("Section", bound=BaseModel)
@@ -42,6 +42,8 @@ class Context:
             return settings.model_copy(update={"stage": None, "path": str(self.stages[settings.stage] / "model")})
         if isinstance(settings, StageRows):
             return File(path=str(self.stages[settings.stage] / ROWS), rows=settings.rows, weight=settings.weight)  # type: ignore[return-value]
+        if isinstance(settings, Grader):
+            settings = settings.model_copy()  # what it loads goes with the stage
         changed = {name: self._within(getattr(settings, name)) for name in type(settings).model_fields}
         changed = {name: value for name, value in changed.items() if value is not getattr(settings, name)}
         return settings.model_copy(update=changed) if changed else settings

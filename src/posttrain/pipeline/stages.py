@@ -73,11 +73,13 @@ class Evaluate(Stage, kind="evaluate"):
         from posttrain.evaluation import evaluate
 
         with heavy_imports():
-            from posttrain.models.load import load
+            from posttrain.models.load import load, refuse_other_tokenizer
             from posttrain.models.roles import Frozen
 
         asked = context.resolved(self)
         loaded = load(asked.model)
+        if asked.kl_to is not None:
+            refuse_other_tokenizer("kl_to", asked.kl_to, loaded.tokenizer)
         reference = None if asked.kl_to is None else Frozen(load(asked.kl_to).lm)
         template = Template(loaded.tokenizer)
         report = evaluate(loaded.lm, template, asked.task, asked.evaluation, context.seed, asked.sampler, reference)

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, PrivateAttr, field_validator
 
 from posttrain.component import Settings
 from posttrain.errors import ModelError
-from posttrain.models.source import ModelSource, compare_tokens, refuse_other_tokens
+from posttrain.models.source import ModelSource, refuse_other_tokens
 from posttrain.tasks.grader import Grader, checked, failed
 from posttrain.text import Grade, Message, Problem, Sample
 
@@ -43,10 +43,9 @@ class RewardModelGrader(Grader, kind="reward_model"):
         """Raises ModelError where the reward model reads other tokens than the policy writes."""
         if self._lm is not None:
             return
-        from posttrain.models.load import load_scalar, load_tokenizer
+        from posttrain.models.load import load_scalar, refuse_other_tokenizer
 
-        theirs = load_tokenizer(self.model).get_vocab()
-        compare_tokens("reward model", str(self.model.path), template.tokenizer.get_vocab(), theirs)
+        refuse_other_tokenizer("reward model", self.model, template.tokenizer)
         loaded = load_scalar(self.model).lm
         loaded.requires_grad_(False)
         self._lm = loaded
@@ -56,11 +55,12 @@ class RewardModelGrader(Grader, kind="reward_model"):
 
         from posttrain.batch import Sequences
 
-        if not samples:
-            return []
+        longest = math.inf if self._lm.context is None else self._lm.context
+        fitting = Sequences.of([(one.tokens, one.sampled) for one in samples if len(one.tokens) <= longest])
         with torch.no_grad():
-            scores = self._lm.scores_of_many(Sequences.of([(one.tokens, one.sampled) for one in samples]), self.micro_tokens)
-        return [checked(Grade(float(score))) for score in scores.tolist()]
+            scores = iter(self._lm.scores_of_many(fitting, self.micro_tokens).tolist())
+        long = failed(f"prompt and answer are longer than the reward model's context of {longest}")
+        return [checked(Grade(next(scores))) if len(one.tokens) <= longest else long for one in samples]
 
     def grade(self, problem: Problem, text: str) -> Grade:
         return failed("a reward model grades samples, not texts")

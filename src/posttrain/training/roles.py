@@ -1,7 +1,6 @@
 """The models beside the policy: the reference, and the critic that is trained with it."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from posttrain import draws
 from posttrain.batch import Sequences
 from posttrain.models.actor_critic import ActorCritic, ValueHead
 from posttrain.models.lm import LM
-from posttrain.models.load import Loaded, LoadedScalar, load, load_scalar, load_tokenizer
+from posttrain.models.load import Loaded, LoadedScalar, load, load_scalar, refuse_other_tokenizer
 from posttrain.models.roles import Earlier, Frozen, Roles
-from posttrain.models.source import ModelSource, compare_tokens
+from posttrain.models.source import ModelSource
 from posttrain.text import RenderedRow
 from posttrain.training.fit import Learner
 from posttrain.training.settings import Critic, TrainSettings
@@ -48,7 +47,7 @@ def frozen_roles(
     if "reference" not in settings.objective.needs or plan.cache:
         return roles
     assert isinstance(lm, LM)
-    if plan.model is not None and plan.model != settings.model:
+    if plan.model is not None and not plan.model.same_weights(settings.model):
         roles.reference = Frozen(other_reference(plan.model, settings, loaded.tokenizer, say), micro_tokens=micro_tokens)
     elif plan.refresh is None and settings.tuner.reversible:
         roles.reference = Frozen(lm, lambda: settings.tuner.switched_off(lm.model), micro_tokens)
@@ -61,16 +60,11 @@ def frozen_roles(
 
 def other_reference(source: ModelSource, settings: TrainSettings, tokenizer: Any, say: Callable[[str], None]) -> LM:
     """A reference that is not the stage's start, with a word about it. Raises ModelError where it reads other tokens."""
-    refuse_other_tokenizer(source, tokenizer, "reference")
+    refuse_other_tokenizer("reference", source, tokenizer)
     say(f"the reference is {source.path}, not the model that this stage starts from, {settings.model.path}")
     lm = load(source).lm
     lm.requires_grad_(False)
     return lm
-
-
-def refuse_other_tokenizer(source: ModelSource, tokenizer: Any, role: str) -> None:
-    """Raises ModelError, before its weights are read, where a role's tokenizer is not the policy's."""
-    compare_tokens(role, str(source.path), tokenizer.get_vocab(), load_tokenizer(source).get_vocab())
 
 
 def actor_critic(settings: TrainSettings, plan: Critic, lm: LM, tokenizer: Any, seed: int) -> tuple[ActorCritic, Learner]:
@@ -79,7 +73,7 @@ def actor_critic(settings: TrainSettings, plan: Critic, lm: LM, tokenizer: Any, 
         head = ValueHead(lm)
         return ActorCritic(lm, head), Learner.of({f"critic.{name}": each for name, each in head.named_parameters()}, plan.optim)
     source = plan.model or settings.model
-    refuse_other_tokenizer(source, tokenizer, "critic")
+    refuse_other_tokenizer("critic", source, tokenizer)
     critic = load_scalar(source, nn.init.zeros_).lm
     with torch.random.fork_rng():
         torch.manual_seed(draws.key(seed, "critic's tuner") % 2**63)
@@ -100,11 +94,13 @@ def cached_references(
     from safetensors.torch import load_file, save_file
 
     source = settings.reference.model or settings.model
-    tokens = [[row.sequences for row in rows] for rows in table]
-    about = json.dumps([source.fingerprint(), source.dtype, tokens])
-    path = folder / f"reference-{hashlib.sha256(about.encode()).hexdigest()[:20]}.safetensors"
+    digest = hashlib.sha256(f"{source.fingerprint()} {source.dtype}".encode())
+    for index, rows in enumerate(table):
+        for row in rows:
+            digest.update(f"{index} {row.sequences}".encode())
+    path = folder / f"reference-{digest.hexdigest()[:20]}.safetensors"
     if not path.is_file():
-        other = settings.reference.model is not None and source != settings.model
+        other = not source.same_weights(settings.model)
         judge = other_reference(source, settings, tokenizer, say) if other else lm
         reference = Frozen(judge, micro_tokens=settings.batch.at_a_time(lm.device.type))
         found = {str(index): reference_sums(reference, rows) for index, rows in enumerate(table)}

@@ -12,13 +12,13 @@ from posttrain import draws
 from posttrain.batch import Sequences
 from posttrain.data.dataset import Data, Loaded, Rendered
 from posttrain.data.render import Template
-from posttrain.errors import DataError
 from posttrain.evaluation import evaluate
 from posttrain.models.lm import LM
 from posttrain.models.load import load, load_scalar, save
 from posttrain.models.reward import normalise, save_reward_model
+from posttrain.models.roles import Roles
 from posttrain.models.scalar import ScalarLM
-from posttrain.objectives import Objective, OnPolicy
+from posttrain.objectives import Objective, OnPolicy, RewardObjective
 from posttrain.rl import OnPolicyStream
 from posttrain.text import RenderedRow
 from posttrain.training.fit import Learner, Stats, Training, annotated, fit, in_pieces, term_stats
@@ -75,7 +75,7 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
     run = Training(policy, learners, updates, steps, roles, micro_tokens, session.seconds)
     record = Recorder(
         session.folder, session.owner, settings.checkpoint, settings.validation if measures(settings) else None,
-        validator(settings, session, policy, template, rows), session.show, session.interrupted,
+        validator(settings, session, policy, template, rows, roles), session.show, session.interrupted,
     )  # fmt: skip
     if record.resume(run):
         session.say(f"resumed from step {run.step}")
@@ -117,8 +117,9 @@ class Rows:
             "normalise": settings.normalise.data if settings.normalise else None,
         }
         found = cls(**{name: section.read() for name, section in sections.items() if section is not None})
-        if found.data is not None:
-            settings.objective.check_rows([row for source in found.data.rows for row in source])
+        for loaded, learning in ((found.data, True), (None if settings.measures_nll else found.validation, False)):
+            if loaded is not None:
+                settings.objective.check_rows([row for source in loaded.rows for row in source], learning)
         return found
 
     @property
@@ -127,7 +128,7 @@ class Rows:
 
 
 def make_updates(
-    settings: TrainSettings, session: Session, policy: LM, template: Template, roles: Any, rows: Rows
+    settings: TrainSettings, session: Session, policy: LM, template: Template, roles: Roles, rows: Rows
 ) -> tuple[Updates, int]:
     """Where updates come from, and how many there will be."""
     objective = settings.objective
@@ -145,7 +146,7 @@ def make_updates(
         assert settings.data is not None
         assert rows.data is not None
         rendered = settings.data.render(rows.data, template)
-        refuse_beyond_context(rendered, policy)
+        rendered.refuse_beyond(policy.context)
         for line in rendered.summary():
             session.say(line)
         session.facts["data"] = {"rows": rendered.usable, "tokens": rendered.tokens, "trained_tokens": rendered.trained}
@@ -160,12 +161,9 @@ def make_updates(
     if settings.mix is not None:
         assert rows.mix is not None
         beside = settings.mix.data.render(rows.mix, template)
-        refuse_beyond_context(beside, policy)
+        beside.refuse_beyond(policy.context)
         table, places = split(settings.mix.objective, beside)
-        weights = [
-            len(each) if source.weight is None else source.weight
-            for source, each in zip(settings.mix.data.sources, table, strict=True)
-        ]
+        weights = shares(settings.mix.data, table)
         more = RowUpdates(settings.mix.objective, table, places, weights, settings.mix.rows, draws.key(session.seed, "mix"))
         updates = Mixed(updates, more, settings.mix.weight)
     return updates, steps
@@ -175,14 +173,6 @@ def shares(data: Data, table: list[list[RenderedRow]]) -> list[float]:
     """How much is drawn of each source: its weight, else its number of rows."""
     sources = zip(data.sources, table, strict=True)
     return [len(rows) if source.weight is None else source.weight for source, rows in sources]
-
-
-def refuse_beyond_context(rendered: Rendered, policy: LM) -> None:
-    if policy.context is not None and rendered.longest > policy.context:
-        raise DataError(
-            f"the longest row has {rendered.longest} tokens, but the model's context is {policy.context}; "
-            f"set data.max_tokens: {policy.context} (longer rows are then dropped and counted)"
-        )
 
 
 def split(objective: Objective, rendered: Rendered) -> tuple[list[list[RenderedRow]], list[list[str]]]:
@@ -200,18 +190,21 @@ def measures(settings: TrainSettings) -> bool:
 
 
 def validator(
-    settings: TrainSettings, session: Session, policy: Any, template: Template, rows: Rows
+    settings: TrainSettings, session: Session, policy: Any, template: Template, rows: Rows, roles: Roles
 ) -> Callable[[Training], dict[str, Any]]:
     """{metric: value, or a figure with its interval} of the policy as it is. The same draws at every validation."""
     plan, objective = settings.validation, settings.objective
     rendered = plan.data.render(rows.validation, template) if plan.data is not None and rows.validation is not None else None
     held_out: Any = None
     if rendered is not None and not settings.measures_nll:
+        rendered.refuse_beyond(policy.context)
         table, _ = split(objective, rendered)
         held_out = getattr(batches, objective.reads).from_rows([row for source in table for row in source])
         if settings.reference.cache:
             known = torch.cat(cached_references(settings, session.cache, policy, template.tokenizer, table, session.say))
             held_out = held_out.with_refs(*known.unbind(1))
+        elif roles.reference is not None and objective.reference_per_row and settings.reference.refresh is None:
+            held_out = held_out.with_refs(*roles.reference.sums(*held_out.sequences))
 
     def validate(run: Training) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -250,32 +243,35 @@ def held_out_figures(run: Training, objective: Objective, batch: Any) -> dict[st
     return {"loss": sum(means[name] for name in terms), **{name: means[name] for name in means if name not in terms}}
 
 
-def reference_answers(settings: TrainSettings, template: Template, rows: Rows) -> Sequences:
-    """The answers whose scores become 0 on average: those named, else the training data's (of pairs the chosen, of labelled the
-    good ones)."""
+def reference_answers(settings: TrainSettings, policy: LM, template: Template, rows: Rows) -> Sequences:
+    """The answers whose scores become 0 on average: those named, else the better ones of the training data."""
     assert settings.normalise is not None
+    assert isinstance(settings.objective, RewardObjective)
     section, loaded = settings.normalise.data, rows.normalise
     if section is None or loaded is None:
         section, loaded = settings.data, rows.data
     assert section is not None
     assert loaded is not None
-    found = []
-    for row in (row for source in section.render(loaded, template).rows for row in source):
-        if settings.objective.reads == "Pairs" and len(row.sequences) == 2:
-            found.append(row.sequences[0])
-        elif settings.objective.reads != "Labelled" or row.numbers != (0.0,):
-            found += row.sequences
-    return Sequences.of(found)
+    rendered = section.render(loaded, template)
+    rendered.refuse_beyond(policy.context)
+    return Sequences.of([each for source in rendered.rows for row in source for each in settings.objective.exemplary(row)])
+
+
+def bring_to_zero(settings: TrainSettings, policy: Any, template: Template, rows: Rows) -> dict[str, float]:
+    """Normalises the scores; returns what they were."""
+    assert settings.normalise is not None
+    answers = reference_answers(settings, policy, template, rows)
+    return normalise(policy, answers, settings.normalise.unit_variance, settings.batch.at_a_time(policy.device.type))
 
 
 def export(settings: TrainSettings, session: Session, policy: Any, template: Template, rows: Rows) -> None:
     """The adapter alone, where the tuner has one; then the whole model, merged, as an ordinary transformers folder."""
     if settings.normalise is not None:
-        answers = reference_answers(settings, template, rows)
-        micro_tokens = settings.batch.at_a_time(policy.device.type)
-        session.facts["normalised"] = normalise(policy, answers, settings.normalise.unit_variance, micro_tokens)
+        session.facts["normalised"] = bring_to_zero(settings, policy, template, rows)
     settings.tuner.save_adapter(policy.model, session.folder / "adapter", settings.model.path or "")
     settings.tuner.merge(policy.model)
+    if settings.normalise is not None and settings.tuner.reversible:
+        bring_to_zero(settings, policy, template, rows)  # again: the merge has rounded weights of few digits
     if isinstance(policy, ScalarLM):
         save_reward_model(policy, template.tokenizer, template.stop_ids, session.folder / "model")
         return

@@ -49,13 +49,13 @@ class Validation(Settings):
     task: Task | None = None
     """Problems to answer."""
     data: Data | None = None
-    """Rows whose loss is measured (metric `nll`)."""
+    """Rows that are measured: their `nll`, or the objective's `loss` and its own figures, such as `accuracy`."""
     every: PositiveInt = 50
     """Updates between validations; the last update is always validated."""
     evaluation: Evaluation = Evaluation(samples=4, greedy=False)
     """How the task is evaluated."""
     best: str | None = None
-    """The metric by which the best weights are chosen: pass@1, greedy, score, ... (higher is better) or nll (lower)."""
+    """The metric by which the best weights are chosen: the highest pass@1, greedy, score, accuracy, ...; the lowest nll, loss."""
     patience: PositiveInt | None = None
     """Stop after so many validations without a new best."""
 
@@ -248,6 +248,8 @@ class TrainSettings(Settings):
             raise ValueError(f"reference.cache: objective {kind} asks the reference about something else at every update")
         if self.normalise is not None and not self.objective.scores:
             raise ValueError(f"objective {kind} trains no reward model; remove the section `normalise`")
+        if self.normalise is not None and self.objective.reads == "Stepped":
+            raise ValueError(f"objective {kind} scores steps by the log-odds that they are right; remove the section `normalise`")
         if self.objective.scores and (self.validation.task is not None or self.mix is not None):
             section = "mix" if self.mix is not None else "validation.task"
             raise ValueError(f"objective {kind} trains a model that scores and does not write; remove `{section}`")
@@ -262,8 +264,10 @@ class TrainSettings(Settings):
             )
         if self.epochs is not None and isinstance(self.objective, OnPolicy):
             raise ValueError(f"objective {self.objective.kind} samples without end: give `steps`, not epochs")
-        if self.seconds is not None and (self.optim.schedule != "constant" or self.optim.warmup):
-            raise ValueError("a run of a given time has no known end: set optim.schedule: constant and optim.warmup: 0")
+        learning = {"optim": self.optim} | ({"critic.optim": self.critic.optim} if self.critic is not None else {})
+        for path, optim in learning.items():
+            if self.seconds is not None and (optim.schedule != "constant" or optim.warmup):
+                raise ValueError(f"a run of a given time has no known end: set {path}.schedule: constant and {path}.warmup: 0")
         return self
 
     @model_validator(mode="after")
@@ -295,6 +299,8 @@ class TrainSettings(Settings):
         """What can be refused before any weight is read: files, columns, rows that the objective cannot learn from."""
         self.model.check()
         self.optim.check(self.model)
+        if self.critic is not None:
+            self.critic.optim.check(self.critic.model or self.model)
         for role, source in {"reference": self.reference.model, "critic": self.critic.model if self.critic else None}.items():
             if source is not None:
                 source.check()

@@ -21,7 +21,7 @@ ADAPTER = "default"
 PREFIX = "base_model.model."  # of every weight in peft's files: the model inside of a PeftModel
 
 
-def scores(model: "PreTrainedModel") -> bool:
+def has_score(model: "PreTrainedModel") -> bool:
     """Whether the model has a score head, which is trained in full beside any tuner."""
     return model.get_output_embeddings() is None and hasattr(model, "score")
 
@@ -52,7 +52,7 @@ class LoRA(Tuner, kind="lora"):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself (GPT-2's Conv1D)
-                inject_adapter_in_model(self._config("SEQ_CLS" if scores(model) else "CAUSAL_LM"), model, ADAPTER)
+                inject_adapter_in_model(self._config("SEQ_CLS" if has_score(model) else "CAUSAL_LM"), model, ADAPTER)
         except ValueError as error:
             first = str(error).splitlines()[0]
             raise RecipeError(f"tuner.targets: this architecture does not take LoRA there: {first}; name other layers") from None
@@ -68,6 +68,8 @@ class LoRA(Tuner, kind="lora"):
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
+        if has_score(model) and "score" in self.targets:
+            raise RecipeError("tuner.targets: score is trained in full beside any tuner; leave it out")
         head = model.get_output_embeddings()
         if head is not None and head.weight is model.get_input_embeddings().weight:
             tied = next(path.rpartition(".")[2] for path, module in model.named_modules() if module is head)
@@ -106,12 +108,12 @@ class LoRA(Tuner, kind="lora"):
         folder.mkdir(parents=True, exist_ok=True)
         state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
         state = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
-        if scores(model):
+        if has_score(model):
             state[f"{PREFIX}score.weight"] = model.get_submodule("score").weight.detach().contiguous()
         save_file(state, folder / "adapter_model.safetensors")
         config = model.peft_config[ADAPTER]
         config.base_model_name_or_path, config.inference_mode = base, True
-        config.modules_to_save = ["score"] if scores(model) else None
+        config.modules_to_save = ["score"] if has_score(model) else None
         config.target_modules = sorted(config.target_modules)  # a set has another order in every process
         config.save_pretrained(str(folder))
 
