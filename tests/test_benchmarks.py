@@ -69,3 +69,17 @@ def test_grpo_agrees_by_its_gradient_or_by_being_as_near_to_float64_as_the_other
     monkeypatch.setattr(harness, "measured", lambda *_: found)
     runs = {"posttrain mixed": [{"mismatch": 1e-3}]}
     assert harness.agreement(harness.WORKS["grpo-4k"], runs)[0] is agree
+
+
+@pytest.mark.parametrize(
+    ("ours", "mixed", "default", "agree"),
+    [
+        (0.693, 0.694, 0.691, True),  # in bf16 both are off, ours by less
+        (0.693, 0.690, 0.692, False),  # ours by three times as much
+        (0.69302, 0.693, 0.691, False),
+    ],
+)
+def test_pairs_agree_in_float32_and_are_no_farther_from_it_in_bf16_than_twice_the_other(ours, mixed, default, agree):
+    work = harness.WORKS["dpo-4k"]
+    losses = {"posttrain float32": ours, "posttrain mixed": mixed, "TRL default": default, work.exact: 0.693}
+    assert harness.agreement(work, {name: [{"losses": [loss]}] for name, loss in losses.items()})[0] is agree
