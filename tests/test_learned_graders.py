@@ -20,14 +20,6 @@ from posttrain.tasks.learned import JudgeGrader, RewardModelGrader, WeightedGrad
 from posttrain.text import Grade, Message, Problem, Sample
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A policy, a reward model that was trained from it (with a shift), and a judge of another family."""

@@ -27,14 +27,6 @@ KINDS = ["online_dpo", "xpo"]
 TUNERS = {"full": "full", "lora": {"kind": "lora", "rank": 4}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("online")

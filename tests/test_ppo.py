@@ -53,14 +53,6 @@ def charm(_problem, text):
     return float(sum(map(ord, text)) % 5)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A policy to start from, another one, and a reward model of the same family whose scores have a shift."""

@@ -12,7 +12,7 @@ from posttrain.evaluation.preferences import Judged, preference_figures
 from posttrain.pipeline.recipe import Recipe
 from posttrain.pipeline.report import write_report
 from posttrain.pipeline.run import run
-from posttrain.pipeline.stage import Context
+from posttrain.pipeline.stage import Context, fingerprints
 from posttrain.synth.pairs import pairs_of
 from posttrain.text import Grade, Message, Problem, Sample
 
@@ -124,6 +124,18 @@ def test_a_divergence_from_a_model_that_reads_other_tokens_is_refused(tmp_path):
     asked = {**evaluated("x"), "model": str(base()), "kl_to": {"stage": "other"}}
     with pytest.raises(ModelError, match=r"kl_to: .* has another tokenizer than the policy"):
         run(Recipe.parse(json.dumps({"stages": {"other": other, "test": asked}}), name="odd"), tmp_path)
+
+
+def test_a_file_beside_the_rows_of_a_stage_still_decides_the_result(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    stage = {"model": str(base()), "objective": "dpo", "steps": 1, "data": {"sources": [str(file), {"kind": "stage", "stage": "pairs"}]}}
+    recipe = Recipe.parse(json.dumps({"stages": {"pairs": {"kind": "pairs", "model": str(base()), "task": TASK}, "dpo": stage}}))
+    found = []
+    for answer in ("x", "y"):
+        file.write_text(json.dumps({"prompt": "a", "chosen": answer, "rejected": "c"}) + "\n")
+        found.append(fingerprints(recipe.stages["dpo"]))
+    assert found[0].keys() == found[1].keys()
+    assert found[0] != found[1]
 
 
 def test_what_a_grader_loads_goes_with_its_stage():

@@ -53,14 +53,6 @@ LONELY = """\
 {% endif %}"""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tokenizer_of(kind):
     """One of tiny_tokenizers; `lonely` has a single control token, which ends every turn."""
     if kind != "lonely":

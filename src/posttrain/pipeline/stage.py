@@ -102,8 +102,11 @@ def fingerprints(stage: Stage) -> dict[str, str]:
             found[f"chat template {part.chat_template}"] = hashlib.sha256(content).hexdigest()
         if isinstance(part, ModelSource) and part.path is not None:
             found[f"model {part.path}"] = part.fingerprint()
-        elif isinstance(part, Data) and not any(isinstance(source, StageRows) for source in part.sources):
-            found[f"data {', '.join(source.label() for source in part.sources)}"] = part.fingerprint()
+        elif isinstance(part, Data):  # the rows of another stage are known by that stage's key
+            files = [source for source in part.sources if not isinstance(source, StageRows)]
+            if files:
+                known = part.model_copy(update={"sources": files})
+                found[f"data {', '.join(source.label() for source in files)}"] = known.fingerprint()
         elif isinstance(part, Task) and not isinstance(part.source, StageRows):
             found[f"task {part.source.label()}"] = part.fingerprint()
     return found
