@@ -79,10 +79,11 @@ def grpo(shape: str, steps: int, what: str) -> Work:
     return Work(name, "grpo", shape, steps, engines)
 
 
-def pairs(shape: str, steps: int, work: str, name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Work:
+def pairs(shape: str, steps: int, work: str, name: str, ours: dict[str, Any], theirs: dict[str, Any], *others: Engine) -> Work:
     """DPO or a reward model on HH rows."""
     engines = (
         Engine("posttrain mixed", "posttrain", {"dtype": "mixed", **ours}),
+        *others,
         Engine("posttrain float32", "posttrain", ours),
         Engine("TRL default", "trl", theirs),
         Engine("TRL without checkpointing", "trl", {**PLAIN, **theirs}),
@@ -104,7 +105,10 @@ WORKS = {
         "4k", 10, "dpo", "DPO with cached references on HH, 4k vocabulary", {"reference": {"cache": True}},
         {"precompute_ref_log_probs": True},
     ),
-    "reward-4k": pairs("4k", 10, "reward", "reward model on HH, 4k vocabulary", {}, {}),
+    "reward-4k": pairs(
+        "4k", 10, "reward", "reward model on HH, 4k vocabulary", {}, {},
+        Engine("posttrain mixed, 2,048 tokens at a time", "posttrain", {"dtype": "mixed", "batch": {"micro_tokens": 2048}}),
+    ),
 }
 
 

@@ -512,6 +512,29 @@ def test_a_reference_that_follows_whole_is_the_policy_again():
     assert Roles(earlier=Earlier(tuned(lm.model))).tensors() == {}, "one that stays is no part of a checkpoint"
 
 
+def test_a_mixed_reference_keeps_half_of_its_weights_and_says_the_same():
+    lm = build("llama", "float32", "full")
+    lm.mixed = True
+    parameters, rounded = tuned(lm.model), lm.read_in_bfloat16()
+    whole, half = Earlier(parameters), Earlier(parameters, rounded=rounded)
+    before = {name: each.detach().clone() for name, each in parameters.items()}
+    both = [Frozen(lm, each.in_place).sums(*pairs(None).sequences) for each in (whole, half)]
+    with torch.no_grad():
+        for each in parameters.values():
+            each.mul_(1.5)
+    both += [Frozen(lm, each.in_place).sums(*pairs(None).sequences) for each in (whole, half)]
+    moved = Frozen(lm).sums(*pairs(None).sequences)
+    for one in both:
+        assert all(map(torch.equal, one, both[0])), "bit for bit, whatever the policy has become"
+    assert not torch.equal(moved[0], both[0][0])
+    assert all(torch.equal(each, 1.5 * before[name]) and each.dtype == torch.float32 for name, each in parameters.items())
+    kept = {name for name, each in half.copies.items() if each.dtype == torch.bfloat16}
+    assert kept == {name for name, each in parameters.items() if each in rounded} != set()
+    assert not any("embed" in name or "norm" in name or "lm_head" in name for name in kept)
+    lm.mixed = False
+    assert lm.read_in_bfloat16() == set(), "float32 reads them as they are"
+
+
 # ---- a reference that is asked once
 
 

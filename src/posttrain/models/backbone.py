@@ -49,6 +49,11 @@ class Backbone(nn.Module):
     def precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed)
 
+    def read_in_bfloat16(self) -> set[nn.Parameter]:
+        """The weights that mixed arithmetic rounds before every use: those of plain linear layers below the head."""
+        linears = [each for each in self.backbone.modules() if self.mixed and type(each) is nn.Linear]
+        return {parameter for each in linears for parameter in each.parameters(recurse=False)}
+
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
         """What the model's modules compute in, and by which products."""

@@ -1,6 +1,6 @@
 """Models beside the policy that only look on, and what controllers have come to."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -40,14 +40,19 @@ class Earlier:
 
     every: updates after which the copy moves towards the policy: copy <- mix * policy + (1 - mix) * copy (TR-DPO, arXiv
     2404.09656; mix 1 replaces it). None: it stays.
+    rounded: weights of `parameters` whose copy is kept in bfloat16, because they are read in no other way.
     """
 
     parameters: Mapping[str, nn.Parameter]
     every: int | None = None
     mix: float = 1.0
+    rounded: Collection[nn.Parameter] = frozenset()
 
     def __post_init__(self) -> None:
-        self.copies: dict[str, Tensor] = {name: each.detach().clone() for name, each in self.parameters.items()}
+        self.copies: dict[str, Tensor] = {name: self._copy(each) for name, each in self.parameters.items()}
+
+    def _copy(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().to(torch.bfloat16 if parameter in self.rounded else parameter.dtype, copy=True)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

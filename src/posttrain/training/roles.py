@@ -52,8 +52,10 @@ def frozen_roles(
     elif plan.refresh is None and settings.tuner.reversible:
         roles.reference = Frozen(lm, lambda: settings.tuner.switched_off(lm.model), micro_tokens)
     else:
-        refresh = plan.refresh
-        roles.earlier = Earlier(parameters, *(() if refresh is None else (refresh.every, refresh.mix)))
+        if plan.refresh is None:
+            roles.earlier = Earlier(parameters, rounded=lm.read_in_bfloat16())
+        else:
+            roles.earlier = Earlier(parameters, plan.refresh.every, plan.refresh.mix)
         roles.reference = Frozen(lm, roles.earlier.in_place, micro_tokens)
     return roles
 
