@@ -92,6 +92,7 @@ def trl(shape: str, steps: int, work: str, lora: bool = False, **options: Any) -
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+    from trl.trainer import dpo_trainer
 
     from posttrain import draws
 
@@ -122,7 +123,8 @@ def trl(shape: str, steps: int, work: str, lora: bool = False, **options: Any) -
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folder_of(shape, work))
     plan = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
-    torch.manual_seed(draws.key(SEED, "tuner") % 2**63)  # the same A as posttrain's
+    if lora:  # A is drawn after this call: the same A as posttrain's
+        dpo_trainer.set_seed = lambda _seed: torch.manual_seed(draws.key(SEED, "tuner") % 2**63)
     trainer = Ready(
         model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[watch], peft_config=plan, **own
     )  # fmt: skip

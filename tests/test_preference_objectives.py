@@ -24,7 +24,7 @@ from posttrain.models.create import create
 from posttrain.models.load import load
 from posttrain.models.roles import Earlier, Frozen, Roles
 from posttrain.objectives import KTO, Objective
-from posttrain.objectives.preference import PreferenceObjective, agreement
+from posttrain.objectives.preference import PreferenceObjective, agreement, answer_sums
 from posttrain.objectives.unpaired import BCO, UnpairedObjective, mismatched
 from posttrain.pipeline.recipe import Recipe
 from posttrain.text import RenderedRow
@@ -116,7 +116,7 @@ def test_at_the_start_every_margin_is_zero_and_the_loss_is_its_closed_form(case,
     with torch.no_grad():
         stats = chosen.loss(lm, asked).stats
         for seqs, ref in zip(asked.sequences, asked.refs, strict=True):
-            sums = torch.zeros(8).index_add(0, seqs.owner, lm.logprobs(seqs))
+            sums = torch.zeros(8, dtype=torch.float64).index_add(0, seqs.owner, lm.logprobs(seqs).double())
             torch.testing.assert_close(sums, ref, rtol=0, atol=1e-5)
     assert all(abs(stats[name][0]) < 5e-5 for name in stats if name.endswith(("margin", "ratio"))), stats
     if chosen.kind == "wpo":
@@ -535,6 +535,14 @@ def test_a_mixed_reference_keeps_half_of_its_weights_and_says_the_same():
     assert lm.read_in_bfloat16() == set(), "float32 reads them as they are"
 
 
+def test_sums_of_long_answers_keep_their_digits():
+    seqs = Sequences.of([([1] * 501, [False] + [True] * 500)] * 2)
+    logp = torch.full((1000,), -8.3)
+    logp[3] += 2e-5
+    one, other = answer_sums(logp, seqs)
+    assert float(one - other) == pytest.approx(float(logp[3].double() - logp[4].double()), rel=1e-6)
+
+
 # ---- a reference that is asked once
 
 
@@ -622,7 +630,7 @@ def test_the_cache_is_asked_of_another_model_where_the_recipe_names_one(tmp_path
     with torch.no_grad():
         wanted = [float(loaded.lm.logprobs(each).sum()) for each in batch.sequences]
     assert found.tolist() == [pytest.approx(wanted, rel=1e-6)]
-    assert found.dtype == torch.float32
+    assert found.dtype == torch.float64
 
 
 # ---- what is refused before anything is loaded

@@ -27,10 +27,10 @@ class Frozen:
             return self.lm.logprobs_of_many(seqs, self.micro_tokens, temperature)
 
     def sums(self, *seqs: Sequences) -> list[Float[Tensor, " B"]]:
-        """log p of the trained tokens of each sequence, summed; prefixes are shared across all that is given."""
+        """log p of the trained tokens of each sequence, summed, float64; prefixes are shared across all that is given."""
         together = Sequences.joined(seqs)
-        logp = self.logprobs(together).double()  # a sum of thousands of terms keeps its digits
-        sums = sequence_sums(logp, together.owner.to(logp.device), together.count).float()
+        logp = self.logprobs(together).double()
+        sums = sequence_sums(logp, together.owner.to(logp.device), together.count)
         return list(sums.cpu().split([each.count for each in seqs]))
 
 

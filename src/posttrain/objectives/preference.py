@@ -88,8 +88,8 @@ class PreferenceObjective(Objective):
 
 
 def answer_sums(logp: "Tensor", seqs: "Sequences") -> "Tensor":
-    """[B]: log p of each answer."""
-    return losses.sequence_sums(logp, seqs.owner, seqs.count)
+    """[B]: log p of each answer, float64: a float32 holds a thousand nats to 6e-5 only, and margins are differences of them."""
+    return losses.sequence_sums(logp.double(), seqs.owner, seqs.count)
 
 
 def pair_stats(ratios: "Sequence[Tensor]", sides: "Sequence[Tensor]", batch: "Pairs") -> "dict[str, tuple[Tensor | float, int]]":

@@ -88,7 +88,7 @@ def actor_critic(settings: TrainSettings, plan: Critic, lm: LM, tokenizer: Any, 
 def cached_references(
     settings: TrainSettings, folder: Path, lm: LM, tokenizer: Any, table: list[list[RenderedRow]], say: Callable[[str], None]
 ) -> list[Tensor]:
-    """For each source [rows, columns], float32: what the reference says of each row's sequences, summed over each answer.
+    """For each source [rows, columns], float64: what the reference says of each row's sequences, summed over each answer.
 
     Kept in `folder` under a name made from the reference's weights and the tokens: computed once for all stages that share
     both. Called before anything was trained.
@@ -121,4 +121,4 @@ def reference_sums(reference: Frozen, rows: list[RenderedRow]) -> Tensor:
         part = rows[start : start + AT_ONCE]
         sides = [Sequences.of([row.sequences[side] for row in part]) for side in range(len(part[0].sequences))]
         found.append(torch.stack(reference.sums(*sides), dim=1))
-    return torch.cat(found).float()
+    return torch.cat(found)
