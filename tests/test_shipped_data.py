@@ -17,7 +17,7 @@ import rlhf_sentiment_data
 
 WORDED = {"kind": "labelled", "good": "positive"}
 FILES = {
-    "arith_steps.jsonl.gz": ("steps", 1_500),
+    "arith_steps.jsonl.gz": ("steps", 5_432),
     "arith_steps_test.jsonl": ("steps", 300),
     "hh_harmless_train.jsonl.gz": ("preference", 1_676),
     "hh_harmless_test.jsonl.gz": ("preference", 250),
@@ -89,8 +89,9 @@ def test_a_step_is_labelled_right_until_the_first_that_does_not_hold(name):
     spans = {"arith_steps.jsonl.gz": range(2_000, 7_000), "arith_steps_test.jsonl": range(7_000, 7_800)}
     wrong_rows = 0
     for row in rows(name):
-        solution = solutions[row["id"].replace("arith-steps", "arith-train")]
-        assert int(row["id"].rsplit("-", 1)[1]) in spans[name]
+        problem = row["id"].replace("arith-steps", "arith-train").removesuffix("-slip")
+        solution = solutions[problem]
+        assert int(problem.rsplit("-", 1)[1]) in spans[name]
         assert len(solution) == len(row["steps"]) >= 2
         slips = [index for index, step in enumerate(row["steps"]) if not holds(step)]
         first = slips[0] if slips else len(solution)
