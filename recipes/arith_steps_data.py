@@ -1,9 +1,9 @@
 """Worked arithmetic with a label for every step, for process reward models: `python recipes/arith_steps_data.py OUT_FOLDER`.
 
-Rows 2000:7000 of the shipped `arith_train.jsonl.gz` give 2,716 problems to learn from, each with its solution and with a wrong one;
-rows 7000:7800 give 300 to test with, half of them wrong. In a wrong solution one step's result is changed a little, the later steps
-carry the wrong number on without a further slip, and every step from the wrong one on is labelled false. Running it again gives the
-same bytes.
+Rows 2000:7000 of the shipped `arith_train.jsonl.gz` give 2,716 problems to learn from, each with its solution and with a wrong
+one; rows 7000:7800 give 300 to test with, half of them wrong. In a wrong solution one step's result is changed a little, later
+steps carry the wrong number on without a further slip, and every step from the wrong one on is labelled false. Running it again
+gives the same bytes.
 """
 
 import gzip
@@ -71,16 +71,18 @@ def rows(span: str, count: int | None) -> Iterator[dict[str, Any]]:
     """The first `count` problems, half of them wrong; or all, each both right and wrong."""
     problems: dict[str, tuple[Any, list[Line], tuple[list[Line], int]]] = {}
     for raw in File(path=SOURCE, rows=span).read():
-        lines = lines_of(raw.value["solution"])
+        lines, prompt = lines_of(raw.value["solution"]), raw.value["prompt"][-1]["content"]
         slip = slipped(raw.value["id"], lines)
-        if raw.value["steps"] >= 2 and (count is None or len(problems) < count) and is_plain(lines, raw.value["prompt"][-1]["content"]) and slip:
+        if count is not None and len(problems) == count:
+            break
+        if raw.value["steps"] >= 2 and is_plain(lines, prompt) and slip:
             problems[raw.value["id"]] = (raw.value["prompt"], lines, slip)
     wrong = set(sorted(problems, key=lambda name: key(0, "wrong", name))[: (count or 0) // 2])
     for name, (prompt, lines, slip) in problems.items():
         right = lines, len(lines)
         for said, first in (right, slip) if count is None else (slip,) if name in wrong else (right,):
             yield {
-                "id": name.replace("arith-train", "arith-steps") + ("-slip" if count is None and first < len(lines) else ""),
+                "id": name.replace("arith-train", "arith-steps") + ("-slip" if said is slip[0] and count is None else ""),
                 "prompt": prompt,
                 "steps": ["{} {} {} = {}".format(*line) for line in said],
                 "labels": [index < first for index in range(len(said))],
