@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check bench claims tiny-base clean
+.PHONY: quickstart test test-all check bench claims tiny-base clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/posttrain run recipes/quickstart.yaml
@@ -13,6 +13,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# Also what takes minutes: every objective under every tuner.
+test-all: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m ""
 
 # The fast inner loop: everything but the tests that start processes or train for long.
 check: $(VENV)/.test

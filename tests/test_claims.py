@@ -15,14 +15,6 @@ from posttrain.losses import sequence_sums
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def quick(module, folder):
     found = run(module, quick=True, folder=folder)
     written = json.loads((folder / f"{found['name'].lower()}.json").read_text())

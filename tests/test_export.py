@@ -1,7 +1,6 @@
 """What a stage leaves is an ordinary folder: transformers and peft load it, and it is the model that was trained."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,10 @@ from posttrain.sampling import InProcess, Sampling, sample
 from posttrain.text import Message, Problem
 from posttrain.training import checkpoint
 from posttrain.tuners import Tuner, tuned
+from posttrain.tuners.folder import save_adapter
 
 CHAT = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "It is 7."}]
 IDS = torch.tensor([[5, 9, 17, 300, 42, 7, 8, 250, 11, 12, 13]])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
@@ -96,7 +88,7 @@ def test_an_adapter_of_any_architecture_loads_in_peft_with_the_merged_models_log
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
     ids, before = IDS % 97, logits(transformer(name), IDS % 97)
     trained = logits(model, ids)
-    tuner.save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
+    save_adapter(tuner, model, tmp_path / "adapter", ModelSource(path=str(tmp_path / "base")))
     tuner.merge(model)
     model.save_pretrained(tmp_path / "merged")
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")

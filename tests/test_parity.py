@@ -14,7 +14,7 @@ transformers and TRL compute their logits in float32 here, which is what the tol
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,14 +41,6 @@ Row = tuple[list[int], list[bool]]
 Gradients = dict[str, Tensor]
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 F32, F64 = 1e-6, 1e-12
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def loaded(noise: float = 0.1, seed: int = 0) -> Loaded:

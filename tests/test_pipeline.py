@@ -83,7 +83,7 @@ def test_a_changed_setting_reruns_its_stage_and_what_follows_and_says_why(finish
     assert {name: each.action for name, each in planned.items()} == {
         "new": "reuse", "sft": "reuse", "rl": "run", "test": "run", "sft_test": "reuse",
     }  # fmt: skip
-    assert planned["rl"].why == "optim.learning_rate 2e-05 -> 0.1"
+    assert planned["rl"].why == "optim.learning_rate None -> 0.1"
     assert planned["test"].why == "stage rl changed"
 
 

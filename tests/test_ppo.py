@@ -668,7 +668,7 @@ class Kept:
     """An optimizer that keeps the gradients that it is to move by, and moves nothing."""
 
     def __init__(self, parameters):
-        self.parameters, self.param_groups = parameters, [{}]
+        self.parameters, self.param_groups = parameters, [{"params": list(parameters.values())}]
 
     def step(self):
         self.found = {name: value.grad.clone() for name, value in self.parameters.items()}

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_runs import (
     COMPARED,
     DATA,
     OBJECTIVES,
+    OTHERS,
     REUSED,
     STEPS,
     TASK,
@@ -59,6 +61,10 @@ TWICE: dict[str, tuple[str, str, dict[str, Any]]] = {  # after two of them
 }
 ONCE: dict[str, tuple[str, str, dict[str, Any]]] = {  # after one
     **{f"bradley_terry-{tuner}": ("bradley_terry", tuner, {}) for tuner in TUNERS},
+    **{
+        f"{objective}-{tuner}": (objective, "full", {"tuner": OTHERS[tuner]})
+        for objective, tuner in zip(cycle(("sft", "grpo", "dpo")), OTHERS, strict=False)
+    },
     "dpo-full": ("dpo", "full", {}),
     "kto-lora": ("kto", "lora", {}),
     "bco-full": ("bco", "full", {}),
@@ -68,14 +74,6 @@ ONCE: dict[str, tuple[str, str, dict[str, Any]]] = {  # after one
     "ppo-shared-lora": ("ppo", "lora", {}),
 }
 CASES = {**EVERY, **TWICE, **ONCE}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,7 @@ def test_every_type_of_batch_every_controller_and_every_tuner_is_resumed_here() 
     kinds = {kind: cls for kind, cls in Objective.kinds.items() if ":" not in kind}
     assert {cls.reads for cls in kinds.values()} == {kinds[kind].reads for kind in here}
     assert {kind for kind, cls in kinds.items() if cls.model_construct().controls()} <= here
-    assert {kind for kind in Tuner.kinds if ":" not in kind} == set(TUNERS)
+    assert {kind for kind in Tuner.kinds if ":" not in kind} == set(TUNERS | OTHERS)
 
 
 @pytest.mark.parametrize("case", CASES)

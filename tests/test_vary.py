@@ -28,6 +28,15 @@ def test_a_stage_runs_once_for_each_value_and_so_does_what_uses_it():
         assert (test.model.stage, test.kl_to.stage) == (f"dpo-{beta}", "sft")
 
 
+def test_kinds_of_a_component_vary_by_their_kind_or_by_names_that_are_given():
+    recipe = Recipe.parse(DPO.replace("objective.beta: [0.1, 0.3]", "tuner: [full, {kind: lora, rank: 4}, ia3]"))
+    assert [name for name in recipe.stages if name.startswith("dpo-")] == ["dpo-full", "dpo-lora", "dpo-ia3"]
+    assert recipe.stages["dpo-lora"].tuner.rank == 4
+    recipe = Recipe.parse(DPO.replace("objective.beta: [0.1, 0.3]", "tuner: {small: {kind: lora, rank: 2}, large: {kind: lora, rank: 64}}"))
+    assert [recipe.stages[f"dpo-{name}"].tuner.rank for name in ("small", "large")] == [2, 64]
+    assert recipe.stages["dpo_test-large"].model.stage == "dpo-large"
+
+
 def test_an_override_reaches_every_copy():
     recipe = Recipe.parse(DPO, ["stages.dpo.epochs=2", "stages.dpo.vary={objective.label_smoothing: [0.0, 0.1, 0.2]}"])
     assert [name for name in recipe.stages if name.startswith("dpo-")] == ["dpo-0.0", "dpo-0.1", "dpo-0.2"]
@@ -43,10 +52,10 @@ def test_what_is_wrong_in_a_copy_is_said_with_the_line_of_the_stage():
 
 @pytest.mark.parametrize(
     "vary",
-    ["[0.1, 0.3]", "{objective.beta: 0.1}", "{objective.beta: []}", "{objective.beta: [0.1, 0.1]}", "{a: [1], b: [2]}", "{model: [{path: x}]}"],
+    ["[0.1, 0.3]", "{objective.beta: 0.1}", "{objective.beta: []}", "{objective.beta: [0.1, 0.1]}", "{a: [1], b: [2]}", "{model: [{path: x}]}", "{a: {'x y': 1, x_y: 2}}"],
 )
 def test_a_vary_that_is_not_one_setting_with_different_values_is_refused(vary):
-    with pytest.raises(RecipeError, match=r"recipe:5: stages\.dpo\.vary: give one setting and a list of different plain values"):
+    with pytest.raises(RecipeError, match=r"recipe:5: stages\.dpo\.vary: give one setting and a list of different plain values or kinds"):
         Recipe.parse(DPO.replace("{objective.beta: [0.1, 0.3]}", vary))
 
 

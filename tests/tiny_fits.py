@@ -19,7 +19,12 @@ from posttrain.training.fit import Learner, Training, annotated, fit
 from posttrain.training.updates import Item, Update
 from posttrain.tuners import Tuner, tuned
 
-TUNERS = {"full": {}, "lora": {"rank": 3, "alpha": 5.0}}
+TUNERS = {"full": {}, "lora": {"rank": 3, "alpha": 5.0}}  # everything is tried under these, and something under each of the others
+OTHERS = {
+    "layers": {"last": 1, "rate_decay": 0.5, "unfreeze": 0.5}, "head": {"untie": True}, "bitfit": {"add": True}, "ia3": {},
+    "adapter": {"size": 4, "deviation": 0.05}, "prompt": {"tokens": 3}, "p_tuning": {"tokens": 3, "at": [0, 1]},
+    "prefix": {"tokens": 3, "projection": 5},
+}  # fmt: skip
 
 
 def build(name, dtype, tuner, moved=True, policy="lm"):
@@ -46,7 +51,7 @@ def _built(name, dtype, tuner, moved, policy):
 def _install(lm, tuner, moved):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Tuner.lookup(tuner)(**TUNERS[tuner]).install(lm.model)
+        Tuner.lookup(tuner)(**(TUNERS | OTHERS)[tuner]).install(lm.model)
         for key, parameter in tuned(lm.model).items():
             if moved and tuner != "full" and "lora_B" in key:
                 nn.init.normal_(parameter, std=0.1)

@@ -73,6 +73,12 @@ COMPARED: dict[str, dict[str, Any]] = {  # those that learn from comparisons, la
     "ppo": {"objective": "ppo", "task": TASK, "rollout": ROLLOUT, "critic": {"shared": True}},
 }
 TUNERS: dict[str, dict[str, Any]] = {"full": {"tuner": "full"}, "lora": {"tuner": {"kind": "lora", "rank": 4}}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "layers": {"kind": "layers", "last": 1, "unfreeze": 0.5}, "head": {"kind": "head", "untie": True},
+    "bitfit": {"kind": "bitfit", "add": True}, "ia3": {"kind": "ia3"}, "adapter": {"kind": "adapter", "size": 4},
+    "prompt": {"kind": "prompt", "tokens": 3}, "p_tuning": {"kind": "p_tuning", "tokens": 3, "at": [0, 1]},
+    "prefix": {"kind": "prefix", "tokens": 3, "projection": 8},
+}  # fmt: skip
 WHOLE_PPO: dict[str, Any] = {  # four updates a rollout, a critic of its own, a KL controller, and rows to learn from beside
     "objective": {"kind": "ppo", "kl_target": 0.5, "kl_horizon": 50, "entropy": 0.01},
     "rollout": {**ROLLOUT, "epochs": 2, "minibatches": 2},

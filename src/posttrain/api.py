@@ -41,7 +41,7 @@ def train(root: str | Path = "runs", name: str = "train", **settings: Any) -> Pa
 
 def load(model: str | Path) -> "Loaded":
     """A model (`.lm`) and its tokenizer (`.tokenizer`) from a folder, a hub name, or `posttrain:tiny-base`."""
-    from posttrain.models.load import load as load_model
+    from posttrain.tuners.load import load as load_model
 
     return load_model(model)
 

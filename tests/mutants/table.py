@@ -8,7 +8,7 @@ from dataclasses import dataclass
 LOSSES, LAYOUTS, PROPERTIES, SAMPLING = "test_losses.py", "test_layouts.py", "test_properties.py", "test_sampling.py"
 ALONE = "test_tree_padded_and_each_sequence_alone_give_the_same_log_probs_and_gradients"
 SPLIT = "test_splitting_a_batch_does_not_change_the_gradient_or_the_figures"
-PAIRS = "test_preference_objectives.py"
+PAIRS, TUNERS = "test_preference_objectives.py", "test_tuners.py"
 FORMULA = "test_every_objective_on_pairs_is_its_formula_on_the_answers_alone"
 CREDIT = "test_ppos_credit_is_its_formula_token_by_token[settings0]"
 RESUME = "test_two_updates_a_resume_and_two_more_are_four_updates_bit_for_bit"
@@ -91,9 +91,9 @@ MUTANTS = [
     ),
     Mutant(
         "the reference is the policy itself: the adapter is not switched off",
-        "tuners/lora.py",
-        "layer._disable_adapters = True",
-        "layer._disable_adapters = False",
+        "tuners/injected.py",
+        "        activate(model, ADAPTER)",
+        "        activate(model)",
         f"{PROPERTIES}::test_lora_switched_off_is_the_base_and_merged_is_what_it_was[llama]",
     ),
     Mutant(
@@ -172,6 +172,55 @@ MUTANTS = [
         "for name, parameter in model.named_parameters() if parameter.requires_grad}",
         "for name, parameter in model.named_parameters()}",
         f"{PROPERTIES}::test_frozen_means_frozen_and_the_optimizer_holds_nothing_else[lora-sft-sequences]",
+    ),
+    Mutant(
+        "samples drawn without the prompt that was learned",
+        "sampling/decoder.py",
+        "prompts = [soft.placed_prompt(self.lm.model, prompt) for prompt in prompts]",
+        "prompts = list(prompts)",
+        f"{TUNERS}::test_what_is_sampled_has_the_probabilities_that_training_gives_it[llama-prompt]",
+    ),
+    Mutant(
+        "the keys and values of a prefix left out of attention",
+        "models/attention.py",
+        "    if plan.given is not None:",
+        "    if plan.given is not None and module.layer_idx == 0:",
+        f"{TUNERS}::test_a_prefix_of_words_keys_and_values_is_as_good_as_the_words[llama]",
+    ),
+    Mutant(
+        "a LoRA whose beginning was taken out of the weights, stored as if it had not been",
+        "tuners/lora.py",
+        "torch.cat([each, -before[name]], 1)",
+        "torch.cat([each, before[name]], 1)",
+        f"{TUNERS}::test_4_what_is_stored_alone_makes_the_same_model_again[llama-lora pissa]",
+    ),
+    Mutant(
+        "an adapter behind the residual sum, from the layer's input",
+        "tuners/bottleneck.py",
+        "inputs[0] if adapter.parallel else output",
+        "inputs[0]",
+        f"{TUNERS}::test_an_adapter_stands_before_the_residual_sum[llama]",
+    ),
+    Mutant(
+        "scales of queries trained with those of keys and values",
+        "tuners/ia3.py",
+        "grad.clone().index_fill_(0, _rows(grad), 0.0)",
+        "grad",
+        f"{TUNERS}::test_ia3_leaves_the_queries_of_gpt2_alone_in_a_copied_model_too",
+    ),
+    Mutant(
+        "an adapter folded into weights that are not all that a layer computes with",
+        "tuners/folder.py",
+        "    if exact:",
+        "    if state:",
+        f"{TUNERS}::test_a_frozen_adapter_that_cannot_be_folded_in_stays_below_a_new_one[lora rslora]",
+    ),
+    Mutant(
+        "answers summed in float32",
+        "objectives/preference.py",
+        "losses.sequence_sums(logp.double(), seqs.owner, seqs.count)",
+        "losses.sequence_sums(logp, seqs.owner, seqs.count)",
+        f"{PAIRS}::test_sums_of_long_answers_keep_their_digits",
     ),
     Mutant(
         "a mean over the pairs of a micro-batch",

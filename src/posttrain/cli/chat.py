@@ -24,10 +24,10 @@ def chat(
 
     with heavy_imports():
         from posttrain.data.render import Template
-        from posttrain.models.load import load
         from posttrain.sampling import InProcess, Sampling
         from posttrain.sampling.engine import Request
         from posttrain.text import Message
+        from posttrain.tuners.load import load
 
     loaded = load(model)
     template = Template(loaded.tokenizer)

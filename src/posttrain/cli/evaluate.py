@@ -32,8 +32,8 @@ def evaluate(
     from posttrain.pipeline.libraries import heavy_imports
 
     with heavy_imports():
-        from posttrain.models.load import load
         from posttrain.models.roles import Frozen
+        from posttrain.tuners.load import load
 
     loaded = load(stage.model)
     reference = None if stage.kl_to is None else Frozen(load(stage.kl_to).lm)

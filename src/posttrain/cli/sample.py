@@ -30,10 +30,10 @@ def sample(
     with heavy_imports():
         from posttrain.data.render import Template
         from posttrain.errors import InputError
-        from posttrain.models.load import load
         from posttrain.sampling import InProcess, Sampling
         from posttrain.sampling.engine import Request
         from posttrain.text import Message
+        from posttrain.tuners.load import load
 
     loaded = load(model)
     template = Template(loaded.tokenizer, chat=not raw)

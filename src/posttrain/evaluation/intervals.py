@@ -51,6 +51,20 @@ def average(values: Sequence[float]) -> Figure:
     return Figure(mean, mean - half, mean + half, count)
 
 
+def ratio(totals: Sequence[float], counts: Sequence[int]) -> Figure:
+    """sum(totals) / sum(counts) over independent units of unequal size, such as the nats and tokens of texts; with a normal
+    interval from how far each unit is from its share."""
+    if not counts or sum(counts) == 0:
+        return Figure(math.nan, math.nan, math.nan, 0)
+    whole = math.fsum(counts)
+    value = math.fsum(totals) / whole
+    if len(counts) == 1:
+        return Figure(value, -math.inf, math.inf, 1)
+    squares = math.fsum((total - value * size) ** 2 for total, size in zip(totals, counts, strict=True))
+    half = Z * math.sqrt(squares * len(counts) / (len(counts) - 1)) / whole
+    return Figure(value, value - half, value + half, len(counts))
+
+
 def pass_at(k: int, right: int, samples: int) -> float:
     """The probability that one of k samples is right, estimated without bias from `samples` >= k. arXiv 2107.03374 eq. 1."""
     if samples < k:

@@ -33,6 +33,12 @@ class ActorCritic(LM):
         self.model, self.layout, self.mixed, self.shape = actor.model, actor.layout, actor.mixed, actor.shape
         self.critic = critic
 
+    @property
+    def context(self) -> int | None:
+        """The shorter of both models'."""
+        limits = [self.critic.context] if isinstance(self.critic, ScalarLM) else []
+        return min((each for each in (super().context, *limits) if each is not None), default=None)
+
     def values(self, seqs: Sequences) -> Float[Tensor, " N"]:
         """[N]: the value of the state before each trained token."""
         return self.critic(self.hidden(seqs)) if isinstance(self.critic, ValueHead) else self.critic.values(seqs)

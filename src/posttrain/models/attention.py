@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from posttrain.models.layout import Segment, Tree
 from posttrain.models.products import Linears, replaced, taken, wide
+from posttrain.models.soft import Given
 
 NAME = "posttrain"
 BLOCK = 128  # tokens: FlexAttention decides what is seen in squares of this side
@@ -39,6 +40,10 @@ class Scoring:
 
 @runtime_checkable
 class Plan(Protocol):
+    """Whom each token of a row sees. given: keys and values that some have in place of the model's own."""
+
+    given: Given | None
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]"""
         ...
@@ -80,6 +85,8 @@ def _attend(
         sliding_window = getattr(module, "sliding_window", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     cap = None if softcap is None else float(softcap)
+    if plan.given is not None:
+        key, value = plan.given.put_into(module.layer_idx, key, value)  # type: ignore[arg-type]
     return plan.attend(query, key, value, Scoring(scale, sliding_window, cap, s_aux)), None
 
 
@@ -117,6 +124,7 @@ class TreePlan:
 
     def __init__(self, layout: Tree) -> None:
         self.layout = layout
+        self.given: Given | None = None
         self.reach = max((part.depth + part.end - part.start for part in layout.segments), default=0)
         self._seen: dict[tuple[int | None, torch.device], BlockMask] = {}
 
@@ -166,6 +174,18 @@ class TreePlan:
             allowed = gap >= 0 if scoring.window is None else (gap >= 0) & (gap < scoring.window)
             outputs.append(weighted(query[:, :, part.start : part.end], keys, values, allowed, scoring))
         return torch.cat(outputs, 2).transpose(1, 2)
+
+
+class KeepingPlan(TreePlan):
+    """Attention over a tree that keeps each layer's keys and values [K, T, d]."""
+
+    def __init__(self, layout: Tree) -> None:
+        super().__init__(layout)
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        self.kept.append((key[0], value[0]))
+        return super().attend(query, key, value, scoring)
 
 
 def block_mask(layout: Tree, window: int | None, device: torch.device) -> BlockMask:

@@ -5,12 +5,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.batch import Sequences
-from posttrain.models import layout
+from posttrain.models import layout, soft
 from posttrain.models.attention import TreePlan, attending
 from posttrain.models.products import of_layers, replaced
 
@@ -43,8 +43,9 @@ class Backbone(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """The longest sequence that the model was made for; None where there is no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """The longest sequence that the model was made for, less its soft tokens; None where there is no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else limit - soft.count(self.model)
 
     def precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed)
@@ -62,18 +63,26 @@ class Backbone(nn.Module):
 
     def states(self, tree: layout.Tree, plan: TreePlan) -> Float[Tensor, "T D"]:
         """The last hidden state of every token of a tree. `plan` is what attention follows."""
+        tokens = tree.tokens.to(self.device)
+        plan.given = soft.given(self.model, tokens)
         with attending(self.model, plan), self.arithmetic():
             return self.backbone(
-                input_ids=tree.tokens[None].to(self.device), position_ids=tree.positions[None].to(self.device), use_cache=False
+                **self._read(tokens[None]), position_ids=tree.positions[None].to(self.device), use_cache=False
             ).last_hidden_state[0]
+
+    def _read(self, tokens: Int[Tensor, "R T"]) -> dict[str, Tensor]:
+        vectors = soft.embedded(self.model, tokens)
+        return {"input_ids": tokens} if vectors is None else {"inputs_embeds": vectors}
 
     def states_at(self, places: layout.Places, seqs: Sequence[Sequences]) -> list[Float[Tensor, "N D"]]:
         """For each of `seqs` the states at the tokens that `places` names, in order."""
+        seqs = [soft.placed(self.model, each) for each in seqs]
         if self.layout == "padded" and any(each.count > 0 for each in seqs):
+            soft.refuse_prefixes(self.model)
             plain = layout.padded(seqs)
             with self.arithmetic():
                 states = self.backbone(
-                    input_ids=plain.tokens.to(self.device), attention_mask=plain.valid.long().to(self.device), use_cache=False
+                    **self._read(plain.tokens.to(self.device)), attention_mask=plain.valid.long().to(self.device), use_cache=False
                 ).last_hidden_state
             cells = layout.cells(seqs, places)
             return [states[rows.to(self.device), columns.to(self.device)] for rows, columns in cells]

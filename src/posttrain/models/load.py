@@ -49,7 +49,7 @@ class LoadedScalar:
 
 def load(source: ModelSource | str | Path) -> Loaded:
     """Loads a causal LM. Raises ModelError for what transformers cannot load, or what posttrain cannot train rightly."""
-    source = _resolved(source)
+    source = resolved(source)
     model, tokenizer, report = _from_pretrained(AutoModelForCausalLM, source)
     if "score.weight" in report["unexpected_keys"]:
         raise ModelError(f"{source.path}: is a reward model: it scores and does not write; name a language model")
@@ -60,7 +60,7 @@ def load(source: ModelSource | str | Path) -> Loaded:
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer of a model alone. Raises ModelError where transformers cannot load it."""
-    source = _resolved(source)
+    source = resolved(source)
     folder = source.folder()
     try:
         return AutoTokenizer.from_pretrained(str(folder) if folder else source.path, revision=source.revision)
@@ -79,7 +79,7 @@ def load_scalar(source: ModelSource | str | Path, fresh: Callable[[Tensor], Any]
     fresh: what fills the weight [1, D] of a score head in place, where the folder holds a causal LM and so has none; without
     it a folder that has none is refused. Raises ModelError as `load`.
     """
-    source = _resolved(source)
+    source = resolved(source)
     model, tokenizer, report = _from_pretrained(AutoModelForSequenceClassification, source, num_labels=1)
     missing = sorted(report["missing_keys"])
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -110,7 +110,7 @@ def _stored_head(folder: Path | None) -> Tensor | None:
     return None
 
 
-def _resolved(source: ModelSource | str | Path) -> ModelSource:
+def resolved(source: ModelSource | str | Path) -> ModelSource:
     if not isinstance(source, ModelSource):
         source = ModelSource(path=str(source))
     assert source.path is not None, "a stage is resolved to its folder before loading"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +13,20 @@ from posttrain.errors import ModelError
 from posttrain.paths import PREFIX, named, resolve
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+ADAPTER = "posttrain_adapter.json"  # what posttrain says of an adapter folder: its tuner, and the model below it
+HUB = "hub:"  # begins the fingerprint of a model that is not at hand
+PEFT = "adapter_config.json"  # what peft says of one
 
 
 class ModelSource(Settings):
     """A model: a folder, a hub name, `posttrain:tiny-base`, or another stage's (`{stage: sft}`). A string is its `path`."""
 
     path: str | None = None
-    """A transformers folder, a name on the hub, or `posttrain:NAME` for a model that comes with posttrain."""
+    """A transformers folder, an adapter folder, a name on the hub, or `posttrain:NAME` for a model that comes with posttrain."""
     stage: str | None = None
     """The name of a stage of this recipe whose model is meant."""
+    base: str | None = None
+    """For an adapter folder: the model below it, where that is not where the adapter says."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["float32", "bfloat16", "mixed", "float64"] = "float32"
@@ -68,7 +74,14 @@ class ModelSource(Settings):
             )
         if self.chat_template is not None and not resolve(self.chat_template).is_file():
             raise ModelError(f"chat_template: {self.chat_template}: no such file")
-        if self.path is not None and (folder := self.folder()) is not None:
+        if self.path is None:
+            return
+        below = self.below()
+        if below is not None:
+            below.check()
+        elif self.base is not None:
+            raise ModelError(f"{self.path}: is no adapter folder, so there is no model below it: remove `base`")
+        elif (folder := self.folder()) is not None:
             check_folder(folder)
 
     def on_cpu(self) -> bool:
@@ -88,8 +101,54 @@ class ModelSource(Settings):
         assert self.path is not None
         folder = self.folder()
         if folder is None:
-            return f"hub:{self.path}@{self.revision or 'main'}"
-        return folder_fingerprint(folder)
+            return f"{HUB}{self.path}@{self.revision or 'main'}"
+        below = self.below()
+        return folder_fingerprint(folder) + ("" if below is None else f" on {below.fingerprint()}")
+
+    def weights(self) -> str:
+        """The fingerprint of the weights alone: of settings and tokenizers it knows nothing."""
+        folder = self.folder()
+        if folder is None:
+            return self.fingerprint()
+        below = self.below()
+        return folder_fingerprint(folder, {".safetensors"}) + ("" if below is None else f" on {below.weights()}")
+
+    def below(self) -> "ModelSource | None":
+        """The model that an adapter folder belongs on, with the settings of this one; None for a model of its own.
+
+        Raises ModelError for an adapter that is not whole, or whose model is nowhere.
+        """
+        folder = None if self.path is None else self.folder()
+        if folder is None or not is_adapter(folder):
+            return None
+        known = about_adapter(folder)
+        beside = (folder / known["beside"]).resolve() if known.get("beside") else None
+        path: str | None
+        if beside is not None and is_adapter(beside):  # the lowest of several is the one that `base` speaks of
+            path, revision, base = str(beside), None, self.base
+        elif self.base is not None:
+            path, revision, base = self.base, None, None
+        elif beside is not None and beside.is_dir():
+            path, revision, base = str(beside), None, None
+        else:
+            path, revision, base = known.get("base"), known.get("revision"), None
+        if not path:
+            raise ModelError(f"{named(folder)}: an adapter that does not say which model it belongs on; name it with `base`")
+        trusted = self.trust_remote_code if self.base is not None else None  # a folder does not choose whose code runs
+        found = self.model_copy(update={"path": path, "base": base, "revision": revision, "trust_remote_code": trusted})
+        try:
+            found.folder()
+        except ModelError:
+            raise ModelError(
+                f"{named(folder)}: the model below this adapter, {path}, is not there; name it: "
+                f"model: {{path: {self.path}, base: ...}}"
+            ) from None
+        return found
+
+    def foundation(self) -> "ModelSource":
+        """The model below all adapters."""
+        below = self.below()
+        return self if below is None else below.foundation()
 
 
 def refuse_other_tokens(role: str, source: ModelSource, policy: ModelSource) -> None:
@@ -97,7 +156,7 @@ def refuse_other_tokens(role: str, source: ModelSource, policy: ModelSource) -> 
 
     What cannot be known from files (a hub model, another stage's) is checked when the models are loaded.
     """
-    known = [None if each.path is None else _vocabulary(each.folder()) for each in (policy, source)]
+    known = [None if each.path is None else _vocabulary(each.foundation().folder()) for each in (policy, source)]
     if known[0] is not None and known[1] is not None:
         compare_tokens(role, str(source.path), known[0], known[1])
 
@@ -126,8 +185,7 @@ def _vocabulary(folder: Path | None) -> dict[str, int] | None:
 def check_folder(folder: Path) -> None:
     """Raises ModelError for a folder that holds no loadable model, with what it lacks."""
     if not (folder / "config.json").is_file():
-        adapter = " (an adapter; name its stage, or merge it first)" if (folder / "adapter_config.json").is_file() else ""
-        raise ModelError(f"{named(folder)}: no config.json, so this is no transformers model folder{adapter}")
+        raise ModelError(f"{named(folder)}: no config.json, so this is no transformers model folder")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -146,11 +204,40 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def folder_fingerprint(folder: Path) -> str:
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no model of its own."""
+    models = [file for file in folder.glob("*.safetensors") if file.name != "adapter_model.safetensors"]
+    return not models and any((folder / name).is_file() for name in (ADAPTER, PEFT))
+
+
+def about_adapter(folder: Path) -> dict[str, Any]:
+    """What a folder says of its adapter: `base`, `revision`, and what posttrain adds. ModelError where it is not whole."""
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+        if pickled:
+            raise ModelError(f"{named(folder)}: has only {pickled[0]}; pickled weights are never loaded; convert it")
+        raise ModelError(f"{named(folder)}: an adapter folder without weights: there is no .safetensors file in it")
+    name = ADAPTER if (folder / ADAPTER).is_file() else PEFT
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{named(folder / name)}: not valid JSON: {error}") from None
+    if name == PEFT:
+        return {"base": found.get("base_model_name_or_path"), "revision": found.get("revision"), "peft": found}
+    kind = found.get("tuner", {}).get("kind", "") if isinstance(found.get("tuner"), dict) else ""
+    if not kind or ":" in str(kind):
+        raise ModelError(
+            f"{named(folder / name)}: tuner {kind!r} does not come with posttrain, and a file does not get to import code; "
+            "install it and restore its state in a script"
+        )
+    return dict(found)
+
+
+def folder_fingerprint(folder: Path, suffixes: Collection[str] = (".json", ".safetensors", ".jinja", ".model", ".txt")) -> str:
     """sha256 over the names and contents of a model folder's files."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}:
+        if file.is_file() and file.suffix in suffixes:
             digest.update(file.name.encode() + b"\0")
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
     from posttrain.pipeline.frontier import Frontier
+    from posttrain.pipeline.tuning import Panel
 
 # What is logged, its title and its unit (`%` begins that of a share), in the order of the page. The rest goes by its own name.
 LOGGED = {
@@ -264,18 +265,53 @@ def frontier_svg(frontier: "Frontier", place: str) -> str:
         _scales(axes, percent=False)
         axes.xaxis.set_major_locator(MaxNLocator(7))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        low, high = axes.get_ylim()
-        gap, above = (high - low) * 0.055, -math.inf
-        for height, along, name, colour in sorted(ends):  # names beside the last point of each line, none over another
-            above = max(height, above + gap)
-            axes.annotate(
-                name, (along, height), xytext=(1.02, (above - low) / (high - low)), textcoords="axes fraction", color=colour,
-                va="center", fontsize=8.5, fontweight="bold",
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5, "shrinkA": 2, "shrinkB": 4},
-            )  # fmt: skip
+        _names_beside(axes, ends)
         axes.set_xlabel("KL to the start, nats an answer", color=MUTED, fontsize=7.5, loc="right", labelpad=1)
         axes.set_title("score", color=MUTED, fontsize=7.5, loc="left", pad=6)
         return svg_of(canvas, f"{place} frontier")
+
+
+def tuners_svg(panel: "Panel", place: str) -> str:
+    """A figure of each tuner against the parameters that it moves; a dashed line where all began."""
+    from matplotlib import rc_context
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    with rc_context(STYLE):
+        canvas, axes = _axes(6.6, 3.6, left=0.55, right=1.25, bottom=0.45, top=0.2)
+        for _, moved, each in panel.points:
+            if known(each.low) and known(each.high):
+                axes.plot([moved, moved], [each.low, each.high], color=MARK, linewidth=0.8, alpha=0.55, zorder=1)
+            axes.plot([moved], [each.value], "o", color=MARK, markersize=5.5, zorder=3)
+        if panel.start is not None:
+            axes.axhline(panel.start.value, color=LINE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        axes.set_xscale("log")
+        _scales(axes, is_share(panel.metric))
+        axes.xaxis.set_major_locator(LogLocator(10))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.minorticks_off()
+        _names_beside(axes, [(each.value, moved, name, MARK) for name, moved, each in panel.points])
+        axes.set_xlabel("parameters that move", color=MUTED, fontsize=7.5, loc="right", labelpad=1)
+        axes.set_title(panel.metric, color=MUTED, fontsize=7.5, loc="left", pad=6)
+        return svg_of(canvas, f"{place} tuners")
+
+
+def _names_beside(axes: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """(height, along, name, colour): names at the right, each with a line to its point, none over another."""
+    low, high = axes.get_ylim()
+    gap = (high - low) * min(0.055, 0.98 / max(1, len(ends)))
+    places: list[float] = []
+    for height, _, _, _ in sorted(ends):
+        places.append(max([height, *(place + gap for place in places[-1:])]))
+    over = max(0.0, places[-1] - high) if places else 0.0  # too many at the top: all that touch one another move down
+    for index in range(len(places) - 1, -1, -1):
+        ceiling = places[index + 1] - gap if index + 1 < len(places) else places[index] - over
+        places[index] = min(places[index], ceiling)
+    for (height, along, name, colour), place in zip(sorted(ends), places, strict=True):
+        axes.annotate(
+            name, (along, height), xytext=(1.02, (place - low) / (high - low)), textcoords="axes fraction", color=colour,
+            va="center", fontsize=8.5, fontweight="bold",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5, "shrinkA": 2, "shrinkB": 4},
+        )  # fmt: skip
 
 
 def _axes(

@@ -16,6 +16,7 @@ from posttrain.evaluation.evaluate import RIGHT
 from posttrain.pipeline.frontier import frontiers
 from posttrain.pipeline.table import (
     HEADS,
+    UNITS,
     Ran,
     Run,
     dig,
@@ -30,6 +31,7 @@ from posttrain.pipeline.table import (
     section,
     value_text,
 )  # fmt: skip
+from posttrain.pipeline.tuning import panels
 from posttrain.pipeline.verdict import cautions, comparable, listed, verdict
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -56,7 +58,7 @@ def write_report(folder: Path) -> Path:
     environment.filters["clip"] = clip
     page = environment.get_template(TEMPLATE.name).render(
         title=run.recipe.get("title") or run.name, name=run.name, verdict=verdict(run, groups),
-        cautions=[*cautions(run), *run.notes, *notes], frontiers=frontier_plots(run),
+        cautions=[*cautions(run), *run.notes, *notes], frontiers=frontier_plots(run), tuners=tuner_plots(run, groups),
         tables=[evaluation_table(run, group) for group in groups],
         pipeline=[stage_row(stage) for stage in run.stages.values()], trainings=trainings,
         answers=[answers for group in groups if (answers := side_by_side(run, group))], **provenance(run),
@@ -75,6 +77,15 @@ def frontier_plots(run: Run) -> list[Any]:
     from posttrain.pipeline.plots import frontier_svg
 
     return [Markup(frontier_svg(each, f"frontier {place}")) for place, each in enumerate(frontiers(run))]
+
+
+def tuner_plots(run: Run, groups: Sequence[Sequence[Ran]]) -> list[Any]:
+    """A picture for each figure of stages that differ in their tuner."""
+    from markupsafe import Markup
+
+    from posttrain.pipeline.plots import tuners_svg
+
+    return [Markup(tuners_svg(each, f"tuners {place}")) for place, each in enumerate(panels(run, groups))]
 
 
 def visible(value: Any) -> Any:
@@ -117,7 +128,7 @@ def evaluation_table(run: Run, group: Sequence[Ran]) -> dict[str, Any]:
     against = {source_text(each.settings.get("kl_to")) for each in group if each.settings.get("kl_to")}
     return {
         "columns": [HEADS.get(name, name) for name in columns], "rows": rows, "plot": Markup(plot), "how": how,
-        "problems": ", ".join(map(str, counts)), "units": "pairs" if group[0].kind == "evaluate_pairs" else "problems",
+        "problems": ", ".join(map(str, counts)), "units": UNITS[group[0].kind] + "s",
         "task": _asked(group[0]),
         "kl_to": listed(sorted(against)) if against else "",
     }  # fmt: skip
@@ -194,7 +205,7 @@ def _how_long(stage: Ran) -> Iterator[str]:
     count = plural(int(steps if steps is not None else len(rows)), "update")
     yield count + (f" ({planned})" if planned else "") + (f", {tokens:,.0f} tokens" if tokens else "")
     optim = settings.get("optim")
-    rate = number(dig(optim, "learning_rate"))
+    rate = number(dig(stage.done, "learning_rate")) or number(dig(optim, "learning_rate"))
     if rate is not None:
         yield f"learning rate {plain(rate)}, {dig(optim, 'schedule')}"
     step, value = number(dig(best, "step")), number(dig(best, "value"))

@@ -1,15 +1,19 @@
-"""Scores of the two sides of pairs, from a reward model or a policy."""
+"""Scores of the two sides of pairs, from a reward model or a policy; and of texts, from a language model."""
 
 import torch
 
 from posttrain.batch import Sequences
 from posttrain.data.dataset import Data
 from posttrain.data.render import Template
+from posttrain.evaluation import Figure
+from posttrain.evaluation.intervals import ratio
 from posttrain.evaluation.preferences import Judged
-from posttrain.models.load import load, load_scalar, refuse_other_tokenizer
+from posttrain.losses.aggregate import sequence_sums
+from posttrain.models.load import refuse_other_tokenizer
 from posttrain.models.roles import Frozen
 from posttrain.models.source import ModelSource
 from posttrain.text import RenderedRow
+from posttrain.tuners.load import load, load_scalar
 
 AT_A_TIME = 4096  # tokens
 
@@ -30,6 +34,18 @@ def judged_pairs(model: ModelSource, reference: ModelSource | None, beta: float,
     (chosen, rejected), lengths = [each.tolist() for each in scores], [each.trained_lengths.tolist() for each in sides]
     prefer = [row.numbers[0] for row in rows]
     return [Judged(*each) for each in zip(chosen, rejected, lengths[0], lengths[1], prefer, strict=True)], summary
+
+
+def text_nll(model: ModelSource, data: Data) -> tuple[Figure, list[str]]:
+    """-log p per trained token, over rows; and what there is to say of the data."""
+    loaded = load(model)
+    rendered = data.render(data.read(), Template(loaded.tokenizer))
+    rendered.refuse_beyond(loaded.lm.context)
+    rows = Sequences.of(rendered.sequences)
+    with torch.no_grad():
+        logp = loaded.lm.logprobs_of_many(rows, AT_A_TIME).cpu()
+    totals = sequence_sums(-logp.double(), rows.owner, rows.count).tolist()
+    return ratio(totals, rows.trained_lengths.tolist()), rendered.summary()
 
 
 def _sides(data: Data, template: Template, context: int | None) -> tuple[list[RenderedRow], list[Sequences], list[str]]:

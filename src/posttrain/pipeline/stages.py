@@ -16,7 +16,7 @@ from posttrain.pipeline.signals import Interrupted
 from posttrain.pipeline.stage import ROWS, Context, Metrics, Stage
 from posttrain.sampling import InProcess, Sampler, Sampling
 from posttrain.tasks import Task
-from posttrain.training.settings import TrainSettings
+from posttrain.training.settings import HELD_OUT, TrainSettings
 
 
 class Train(TrainSettings, Stage, kind="train"):
@@ -73,8 +73,9 @@ class Evaluate(Stage, kind="evaluate"):
         from posttrain.evaluation import evaluate
 
         with heavy_imports():
-            from posttrain.models.load import load, refuse_other_tokenizer
+            from posttrain.models.load import refuse_other_tokenizer
             from posttrain.models.roles import Frozen
+            from posttrain.tuners.load import load
 
         asked = context.resolved(self)
         loaded = load(asked.model)
@@ -135,6 +136,39 @@ class EvaluatePairs(Stage, kind="evaluate_pairs"):
         return {"metrics": {name: each.as_dict() for name, each in figures.items()}, "pairs": len(pairs)}
 
 
+class EvaluateText(Stage, kind="evaluate_text"):
+    """How well a model foresees text that it did not learn from: `nll`, in nats a trained token, and its `perplexity`.
+
+    For what a model forgets in training, or loses in being made smaller.
+    """
+
+    model: ModelSource
+    """What is evaluated."""
+    data: Data
+    """The texts, or conversations, of which the answers count."""
+
+    def check(self) -> None:
+        self.model.check()
+        self.data.check()
+        for source in self.data.sources:
+            first = source.first()
+            if first is not None and (self.data.format or detect(first)).makes.isdisjoint(HELD_OUT):
+                raise RecipeError(f"{first.where}: this stage measures text: give text, messages or prompt_completion")
+
+    def run(self, context: Context) -> Metrics:
+        import math
+
+        with heavy_imports():
+            from posttrain.pipeline.scoring import text_nll
+
+        asked = context.resolved(self)
+        nll, summary = text_nll(asked.model, asked.data)
+        for line in summary:
+            context.say(line)
+        perplexity = {name: math.exp(value) for name, value in nll.as_dict().items() if name != "count" and value is not None}
+        return {"metrics": {"nll": nll.as_dict(), "perplexity": {**perplexity, "count": nll.count}}, "texts": nll.count}
+
+
 class MakePairs(Stage, kind="pairs"):
     """Preference pairs: samples answers to a task's problems, compares them by its grader; other stages learn from the rows."""
 
@@ -177,7 +211,7 @@ class MakePairs(Stage, kind="pairs"):
         from posttrain.synth.pairs import pair_row, pairs_of
 
         with heavy_imports():
-            from posttrain.models.load import load
+            from posttrain.tuners.load import load
 
         asked = context.resolved(self)
         loaded = load(asked.model)

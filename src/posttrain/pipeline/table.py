@@ -13,6 +13,8 @@ from posttrain.evaluation import Figure
 
 NAN = math.nan
 LARGEST = 1e300  # an integer of a damaged file may be larger than any float
+UNITS = {"evaluate": "problem", "evaluate_pairs": "pair", "evaluate_text": "text"}  # that evaluations count
+LOWER_IS_BETTER = {"nll", "perplexity", "loss"}
 HEADS = {"kl": "KL", "longer_wins": "longer wins", "calibration_error": "calibration", "log_length_correlation": "length corr."}
 
 
@@ -77,7 +79,7 @@ class Run:
         return str(self.recipe.get("name") or self.folder.name)
 
     def evaluations(self) -> list[Ran]:
-        return [stage for stage in self.stages.values() if stage.kind in {"evaluate", "evaluate_pairs"}]
+        return [stage for stage in self.stages.values() if stage.kind in UNITS]
 
     def label(self, evaluation: Ran) -> str:
         """The stage whose model was evaluated, where that is unmistakable; else the evaluation's own name."""

@@ -27,9 +27,9 @@ def expand(document: Document) -> None:
                 f"{where}: stages.{name}: uses what varies already ({', '.join(varied)}); vary one setting at a time"
             )
         if own is not None:
-            setting, values = _one_list(own, f"{where}: stages.{name}.vary")
-            marks[name] = [_ending(value) for value in values]
-            copies = {f"{name}-{_ending(value)}": _with(document, name, setting, value) for value in values}
+            setting, values = _named_values(own, f"{where}: stages.{name}.vary")
+            marks[name] = list(values)
+            copies = {f"{name}-{mark}": _with(document, name, setting, value) for mark, value in values.items()}
         elif varied:
             marks[name] = marks[varied[0]]
             copies = {f"{name}-{mark}": _using(document, name, varied, mark) for mark in marks[name]}
@@ -63,16 +63,27 @@ def used(value: Any) -> list[str]:
     return [name for each in value for name in used(each)] if isinstance(value, list) else []
 
 
-def _one_list(value: Any, where: str) -> tuple[str, list[Any]]:
+def _named_values(value: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """The setting, and {ending of the copy's name: its value}: the value itself, or the kind of a component, or a name given."""
     if isinstance(value, dict) and len(value) == 1:
         ((setting, values),) = value.items()
-        plain = isinstance(values, list) and all(isinstance(each, str | int | float) for each in values)
-        if plain and len({_ending(each) for each in values}) == len(values) > 0:
-            return str(setting), values
-    raise RecipeError(f"{where}: give one setting and a list of different plain values, such as {{objective.beta: [0.1, 0.3]}}")
+        listed = values if isinstance(values, list) else []
+        pairs = list(values.items()) if isinstance(values, dict) else [(each, each) for each in listed]
+        named = {_ending(name): each for name, each in pairs}
+        if len(named) == len(pairs) > 0 and "" not in named:
+            return str(setting), named
+    raise RecipeError(
+        f"{where}: give one setting and a list of different plain values or kinds, such as {{objective.beta: [0.1, 0.3]}}, or"
+        " names with values, such as {tuner: {small: {kind: lora, rank: 4}, large: {kind: lora, rank: 64}}}"
+    )
 
 
 def _ending(value: Any) -> str:
+    """A plain value, or the kind of a component, as a part of a name; empty for anything else."""
+    if isinstance(value, dict):
+        value = value.get("kind", "")
+    if not isinstance(value, str | int | float):
+        return ""
     return "".join(sign if sign.isalnum() or sign in ".-_" else "_" for sign in str(value))
 
 

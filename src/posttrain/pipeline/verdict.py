@@ -9,6 +9,8 @@ from typing import Any
 from posttrain.evaluation import Figure
 from posttrain.pipeline.frontier import frontiers, touch
 from posttrain.pipeline.table import (
+    LOWER_IS_BETTER,
+    UNITS,
     Ran,
     Run,
     dig,
@@ -57,15 +59,16 @@ def _verdict(run: Run, group: Sequence[Ran]) -> str:
     having = [each for each in group if metric in each.figures and known(each.figures[metric].value)]
     if metric is None or not having:
         return ""
-    ranked = sorted(having, key=lambda each: -each.figures[metric].value)
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+    ranked = sorted(having, key=lambda each: sign * each.figures[metric].value)
     top, rest = ranked[0], ranked[1:]
     best = top.figures[metric]
     verbs = {
         "pass@1": "gets {} of its sampled answers right", "greedy": "gets {} of its likeliest answers right",
-        "accuracy": "prefers the better answer in {}", "score": "scores {}",
+        "accuracy": "prefers the better answer in {}", "score": "scores {}", "nll": "needs {} nats a token",
     }  # fmt: skip
     verb = verbs.get(metric)
-    count = f"On {plural(best.count, 'pair' if top.kind == 'evaluate_pairs' else 'problem')}, " if best.count else ""
+    count = f"On {plural(best.count, UNITS[top.kind])}, " if best.count else ""
     text = f"{count}{run.label(top)} {(verb or metric + ' is {}').format(_with_interval(metric, best))}"
     if "longer_wins" in top.figures:
         baseline = top.figures["longer_wins"]

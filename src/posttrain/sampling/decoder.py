@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.batch import Sequences
-from posttrain.models import layout
-from posttrain.models.attention import Scoring, TreePlan, attending, weights
+from posttrain.models import layout, soft
+from posttrain.models.attention import KeepingPlan, Scoring, attending, weights
 from posttrain.models.lm import LM
 from posttrain.models.products import Linears, of_layers, repeated, replaced, wide
 from posttrain.sampling import lean
@@ -40,23 +40,12 @@ def decoder(lm: LM) -> Decoder:
     return CachedDecoder(lm) if lm.layout == "tree" else ReplayDecoder(lm)
 
 
-class _Prefill(TreePlan):
-    """The trainer's attention over prompts, keeping each layer's keys and values."""
-
-    def __init__(self, tree: layout.Tree) -> None:
-        super().__init__(tree)
-        self.kept: list[tuple[Tensor, Tensor]] = []
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        self.kept.append((key[0], value[0]))
-        return super().attend(query, key, value, scoring)
-
-
 class _Step:
     """Attention of one new token per row, over the row's own tokens and over its stem, which is read once for all its rows."""
 
     def __init__(self, own: list[Store], prompts: list[Store], stems: Stems, lengths: Tensor) -> None:
         self.own, self.prompts, self.stems, self.lengths = own, prompts, stems, lengths
+        self.given: soft.Given | None = None
         self.own_lengths = lengths - stems.shared
         self.reach = int(self.own_lengths.max()) + 1
         self.layer = 0
@@ -119,8 +108,9 @@ class CachedDecoder:
         self.linears = linears(lm) if self.step is None else []
 
     def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int], budget: int) -> Tensor:
+        prompts = [soft.placed_prompt(self.lm.model, prompt) for prompt in prompts]
         tree = layout.tree(prompts)
-        plan = _Prefill(tree)
+        plan = KeepingPlan(tree)
         with replaced(self.linears if self.lm.mixed else []):
             states = self.lm.states(tree, plan)
         if not self.own:

@@ -43,7 +43,8 @@ class RewardModelGrader(Grader, kind="reward_model"):
         """Raises ModelError where the reward model reads other tokens than the policy writes."""
         if self._lm is not None:
             return
-        from posttrain.models.load import load_scalar, refuse_other_tokenizer
+        from posttrain.models.load import refuse_other_tokenizer
+        from posttrain.tuners.load import load_scalar
 
         refuse_other_tokenizer("reward model", self.model, template.tokenizer)
         loaded = load_scalar(self.model).lm
@@ -113,7 +114,7 @@ class JudgeGrader(Grader, kind="judge"):
     def prepare(self, template: "Template") -> None:
         if self._judge is None:
             from posttrain.data.render import Template as Rendering
-            from posttrain.models.load import load
+            from posttrain.tuners.load import load
 
             loaded = load(self.model)
             loaded.lm.requires_grad_(False)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from posttrain.objectives import Loss
     from posttrain.training.optim import Optimizer
     from posttrain.training.record import Recorder
+    from posttrain.tuners import Tuner
 
 
 @dataclass
@@ -46,8 +47,30 @@ class Learner:
     optim: "Optimizer"
 
     @classmethod
-    def of(cls, parameters: dict[str, nn.Parameter], optim: "Optimizer") -> "Learner":
-        return cls(parameters, optim.build(parameters), optim)
+    def of(cls, parameters: dict[str, nn.Parameter], optim: "Optimizer", tuner: "Tuner | None" = None) -> "Learner":
+        """tuner: what decides the learning rate where `optim` names none, and the pace of each parameter."""
+        if tuner is not None and optim.learning_rate is None:
+            optim = optim.model_copy(update={"learning_rate": tuner.learning_rates[1]})
+        return cls(parameters, optim.build(parameters, tuner.paces(list(parameters)) if tuner else None), optim)
+
+    def moving(self, step: int, steps: int) -> list[nn.Parameter]:
+        """What moves in update `step` (from 0) of a run of `steps`. The gradients of what is still held are let go of."""
+        found: list[nn.Parameter] = []
+        for group in self.optimizer.param_groups:
+            if step >= round(group.get("begins", 0.0) * steps):
+                found += group["params"]
+                continue
+            for parameter in group["params"]:
+                parameter.grad = None
+        return found
+
+    def step(self, step: int, steps: int) -> None:
+        """Applies the gradients at the learning rate of update `step` of a run of `steps`, and lets go of them."""
+        rate = self.optim.rate(step, steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("share", 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 @dataclass
@@ -88,12 +111,9 @@ def fit(run: Training, record: "Recorder") -> None:
             refuse_nonfinite(total, item, run.step)
             (item.weight * total).backward()
             stats.add({f"{item.name}{name}": each for name, each in (loss.stats | term_stats(loss, item)).items()})
-        norms = {role: clip(learner, run.step) for role, learner in run.learners.items()}
+        norms = {role: clip(learner, run.step, run.steps) for role, learner in run.learners.items()}
         for learner in run.learners.values():  # 4. one optimizer step
-            for group in learner.optimizer.param_groups:
-                group["lr"] = learner.optim.rate(run.step, run.steps)
-            learner.optimizer.step()
-            learner.optimizer.zero_grad(set_to_none=True)
+            learner.step(run.step, run.steps)
         run.step += 1
         run.roles.follow(run.step)
         for item in update.items:
@@ -149,12 +169,13 @@ def refuse_nonfinite(total: torch.Tensor, item: Item, step: int) -> None:
         )
 
 
-def clip(learner: Learner, step: int) -> float:
+def clip(learner: Learner, step: int, steps: int) -> float:
     """Clips the gradients and returns their norm before. Raises RunError, before any update, where it is not finite."""
-    for parameter in learner.parameters.values():  # an update without signal still follows the optimizer's momentum, everywhere
+    moving = learner.moving(step, steps)
+    for parameter in moving:  # an update without signal still follows the optimizer's momentum, everywhere
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    norm = nn.utils.get_total_norm([each.grad for each in learner.parameters.values() if each.grad is not None])
+    norm = nn.utils.get_total_norm([each.grad for each in moving if each.grad is not None])
     if not math.isfinite(float(norm)):
         name = next(n for n, p in learner.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all()))
         raise RunError(
@@ -162,5 +183,5 @@ def clip(learner: Learner, step: int) -> float:
             "before; lower optim.learning_rate, or use dtype float32"
         )
     if learner.optim.clip is not None:
-        nn.utils.clip_grads_with_norm_(list(learner.parameters.values()), learner.optim.clip, norm)
+        nn.utils.clip_grads_with_norm_(moving, learner.optim.clip, norm)
     return float(norm)

@@ -1,6 +1,7 @@
 """The optimizer and its learning rate."""
 
 import math
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +22,8 @@ class Optimizer(Component):
 
     default_kind = "adamw"
 
-    learning_rate: PositiveFloat = 2e-5
-    """The peak learning rate."""
+    learning_rate: PositiveFloat | None = None
+    """The peak learning rate; by default the one that is usual for the tuner (full: 2e-5, lora: 2e-4, ...)."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """After the warm-up: constant; linear or cosine decay; wsd (stable, then linear decay over the last `decay` of the run)."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
@@ -44,17 +45,21 @@ class Optimizer(Component):
         """The learning rate of update `step` (from 0) of a run of `steps`."""
         rising = round(self.warmup * steps)
         if step < rising:
-            return self.learning_rate * (step + 1) / rising
+            return self.peak * (step + 1) / rising
         if self.schedule == "constant":
-            return self.learning_rate
+            return self.peak
         done = (step - rising) / max(1, steps - rising)
         if self.schedule == "wsd":
             done = max(0.0, (step - (1 - self.decay) * steps) / max(1.0, self.decay * steps))
         share = 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1 - done
-        return self.learning_rate * (self.final + (1 - self.final) * share)
+        return self.peak * (self.final + (1 - self.final) * share)
 
-    def build(self, parameters: "dict[str, nn.Parameter]") -> "torch.optim.Optimizer":
-        """An optimizer over named parameters."""
+    @property
+    def peak(self) -> float:
+        return 2e-5 if self.learning_rate is None else self.learning_rate
+
+    def build(self, parameters: "dict[str, nn.Parameter]", paces: "Paces | None" = None) -> "torch.optim.Optimizer":
+        """An optimizer over named parameters. Each group has a `share` of the learning rate and is still until `begins`."""
         raise NotImplementedError
 
     def check(self, model: "ModelSource") -> None:
@@ -63,6 +68,9 @@ class Optimizer(Component):
     def place(self, optimizer: "torch.optim.Optimizer", parameter: "nn.Parameter", value: "torch.Tensor") -> "torch.Tensor":
         """A tensor of a parameter's state, from a checkpoint, where the optimizer reads it."""
         return value.to(parameter.device)  # `step` too, for the fused optimizer
+
+
+Paces = Mapping[str, tuple[float, float]]  # {parameter: (share of the learning rate, share of the run before it moves)}
 
 
 def is_embedding(name: str) -> bool:
@@ -107,16 +115,18 @@ class AdamW(Optimizer, kind="adamw"):
     def paged(self) -> bool:
         return self.state.startswith("paged")
 
-    def build(self, parameters: "dict[str, nn.Parameter]") -> "torch.optim.Optimizer":
+    def build(self, parameters: "dict[str, nn.Parameter]", paces: "Paces | None" = None) -> "torch.optim.Optimizer":
         import torch
 
-        decayed = {name for name, value in parameters.items() if value.ndim >= 2 and not is_embedding(name)}
+        found: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+        for name, value in parameters.items():
+            plain = value.ndim < 2 or is_embedding(name)
+            found.setdefault((plain, *(paces or {}).get(name, (1.0, 0.0))), []).append(value)
         groups = [
-            {"params": [value for name, value in parameters.items() if name in decayed], "weight_decay": self.weight_decay},
-            {"params": [value for name, value in parameters.items() if name not in decayed], "weight_decay": 0.0},
+            {"params": values, "weight_decay": 0.0 if plain else self.weight_decay, "share": share, "begins": begins}
+            for (plain, share, begins), values in sorted(found.items(), key=lambda each: each[0])
         ]
-        groups = [group for group in groups if group["params"]]
-        shared: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps}
+        shared: dict[str, Any] = {"lr": self.peak, "betas": self.betas, "eps": self.eps}
         if self.state == "full":
             return torch.optim.AdamW(groups, **shared, fused=True)
         from bitsandbytes.optim import AdamW as Compact

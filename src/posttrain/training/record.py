@@ -77,7 +77,7 @@ class Recorder:
         tokens = sum(len(seqs.tokens) for item in update.items for seqs in item.batch.sequences)
         row: dict[str, Any] = {
             "step": run.step,
-            "lr": run.learners["policy"].optimizer.param_groups[0]["lr"],
+            "lr": run.learners["policy"].optim.rate(run.step - 1, run.steps),
             **metrics,
             "tokens": tokens,
         }

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from posttrain import draws
 from posttrain.batch import Sequences
 from posttrain.models.actor_critic import ActorCritic, ValueHead
 from posttrain.models.lm import LM
-from posttrain.models.load import Loaded, LoadedScalar, load, load_scalar, refuse_other_tokenizer
+from posttrain.models.load import Loaded, LoadedScalar, refuse_other_tokenizer
 from posttrain.models.roles import Earlier, Frozen, Roles
 from posttrain.models.source import ModelSource
 from posttrain.text import RenderedRow
 from posttrain.training.fit import Learner
 from posttrain.training.settings import Critic, TrainSettings
 from posttrain.tuners import tuned
+from posttrain.tuners.load import load, load_scalar
 
 AT_ONCE = 512  # rows that the reference is asked about at a time
 
@@ -82,7 +84,7 @@ def actor_critic(settings: TrainSettings, plan: Critic, lm: LM, tokenizer: Any, 
         plan.tuner.install(critic.model)
     critic.head.requires_grad_(True)
     parameters = {f"critic.{name}": each for name, each in tuned(critic.model).items()}
-    return ActorCritic(lm, critic), Learner.of(parameters, plan.optim)
+    return ActorCritic(lm, critic), Learner.of(parameters, plan.optim, plan.tuner)
 
 
 def cached_references(
@@ -104,7 +106,9 @@ def cached_references(
     if not path.is_file():
         other = not source.same_weights(settings.model)
         judge = other_reference(source, settings, tokenizer, say) if other else lm
-        reference = Frozen(judge, micro_tokens=settings.batch.at_a_time(lm.device.type))
+        tuner = settings.tuner
+        off = (lambda: tuner.switched_off(lm.model)) if tuner.reversible and not other else nullcontext
+        reference = Frozen(judge, off, settings.batch.at_a_time(lm.device.type))
         found = {str(index): reference_sums(reference, rows) for index, rows in enumerate(table)}
         folder.mkdir(parents=True, exist_ok=True)
         staged = Path(f"{path}.tmp")

@@ -14,10 +14,11 @@ from posttrain.data.dataset import Data, Loaded, Rendered
 from posttrain.data.render import Template
 from posttrain.evaluation import evaluate
 from posttrain.models.lm import LM
-from posttrain.models.load import load, load_scalar, save
+from posttrain.models.load import save
 from posttrain.models.reward import normalise, save_reward_model
 from posttrain.models.roles import Roles
 from posttrain.models.scalar import ScalarLM
+from posttrain.models.source import ModelSource
 from posttrain.objectives import Objective, OnPolicy, RewardObjective
 from posttrain.rl import OnPolicyStream
 from posttrain.text import RenderedRow
@@ -26,7 +27,10 @@ from posttrain.training.record import INTERRUPTIONS, Recorder, Show
 from posttrain.training.roles import actor_critic, cached_references, frozen_roles, new_head
 from posttrain.training.settings import TrainSettings
 from posttrain.training.updates import Item, Mixed, RowUpdates, SampledUpdates, Update, Updates
-from posttrain.tuners import tuned
+from posttrain.tuners import Tuner, tuned
+from posttrain.tuners.below import folds
+from posttrain.tuners.folder import save_adapter
+from posttrain.tuners.load import load, load_scalar
 
 UNBOUNDED = 10**9  # steps of a run whose end is a time
 
@@ -51,7 +55,7 @@ class Session:
 
 
 def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
-    """Trains, and writes the model to `<folder>/model` (and an adapter to `<folder>/adapter`, a critic to `<folder>/critic`).
+    """Trains, and writes `<folder>/model` (and `<folder>/adapter`, a tuner's part alone; `<folder>/critic`).
 
     Returns what the run's record keeps. A run that was interrupted returns {"interrupted": signal}, its state saved.
     """
@@ -64,7 +68,7 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
         settings.tuner.install(loaded.lm.model)
     if isinstance(loaded.lm, ScalarLM):
         loaded.lm.head.requires_grad_(True)  # under every tuner
-    learners = {"policy": Learner.of(tuned(loaded.lm.model), settings.optim)}
+    learners = {"policy": Learner.of(tuned(loaded.lm.model), settings.optim, settings.tuner)}
     policy: Any = loaded.lm
     if settings.critic is not None:
         assert isinstance(loaded.lm, LM)
@@ -94,6 +98,7 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
         "stopped": run.stopped,
         "best": record.best,
         "parameters": trained,
+        "learning_rate": learners["policy"].optim.peak,
         **session.facts,
     }
 
@@ -265,19 +270,34 @@ def bring_to_zero(settings: TrainSettings, policy: Any, template: Template, rows
 
 
 def export(settings: TrainSettings, session: Session, policy: Any, template: Template, rows: Rows) -> None:
-    """The adapter alone, where the tuner has one; then the whole model, merged, as an ordinary transformers folder."""
+    """The model, and beside it what the tuner has learned alone; the critic, where it is a model of its own."""
     if settings.normalise is not None:
         session.facts["normalised"] = bring_to_zero(settings, policy, template, rows)
-    settings.tuner.save_adapter(policy.model, session.folder / "adapter", settings.model.path or "")
-    settings.tuner.merge(policy.model)
-    if settings.normalise is not None and settings.tuner.reversible:
-        bring_to_zero(settings, policy, template, rows)  # again: the merge has rounded weights of few digits
     if isinstance(policy, ScalarLM):
-        save_reward_model(policy, template.tokenizer, template.stop_ids, session.folder / "model")
-        return
-    if policy.model.generation_config is not None:  # those who generate with the folder stop where our sampler stops
+        policy.model.config.reward_shift = policy.shift
+    folded = settings.tuner.merges and folds(settings.model)
+    if folded and settings.tuner.stores:
+        save_adapter(settings.tuner, policy.model, session.folder / "adapter", settings.model)
+    if folded:
+        settings.tuner.merge(policy.model)
+        if settings.normalise is not None and settings.tuner.reversible:
+            bring_to_zero(settings, policy, template, rows)  # again: the merge has rounded weights of few digits
+    if isinstance(policy, LM) and policy.model.generation_config is not None:  # others who generate stop where our sampler stops
         policy.model.generation_config.eos_token_id = sorted(template.stop_ids)
-    save(policy.model, template.tokenizer, session.folder / "model")
+    write(policy, settings.tuner, settings.model, folded, template, session.folder / "model")
     if settings.critic is not None and not settings.critic.shared:
-        settings.critic.tuner.merge(policy.critic.model)
-        save_reward_model(policy.critic, template.tokenizer, template.stop_ids, session.folder / "critic")
+        source, tuner = settings.critic.model or settings.model, settings.critic.tuner
+        if folded := tuner.merges and folds(source):
+            tuner.merge(policy.critic.model)
+        write(policy.critic, tuner, source, folded, template, session.folder / "critic")
+
+
+def write(lm: Any, tuner: Tuner, base: ModelSource, folded: bool, template: Template, folder: Path) -> None:
+    """An ordinary transformers folder; an adapter folder where the tuner's part, or something below it, cannot be folded in."""
+    if not folded:
+        save_adapter(tuner, lm.model, folder, base)
+        template.tokenizer.save_pretrained(folder)
+    elif isinstance(lm, ScalarLM):
+        save_reward_model(lm, template.tokenizer, template.stop_ids, folder)
+    else:
+        save(lm.model, template.tokenizer, folder)

@@ -16,6 +16,7 @@ from posttrain.sampling import InProcess, Sampler
 from posttrain.tasks import Task
 from posttrain.training.optim import AdamW, Optimizer
 from posttrain.tuners import Full, Tuner
+from posttrain.tuners.below import folds
 
 ANSWERED = frozenset({"Conversation", "Completion", "Preference", "Labelled", "Ranking"})
 HELD_OUT = frozenset({"Conversation", "Completion", "Text"})  # rows whose loss can be measured beside an objective that samples
@@ -246,6 +247,11 @@ class TrainSettings(Settings):
             raise ValueError(f"objective {kind}, as it is set, compares with no reference; remove the section `reference`")
         if self.reference.cache and not self.objective.reference_per_row:
             raise ValueError(f"reference.cache: objective {kind} asks the reference about something else at every update")
+        if self.reference.refresh is not None and self.tuner.begins_apart:
+            raise ValueError(
+                f"reference.refresh: the reference would follow from where the policy begins, and under tuner {self.tuner.kind} "
+                "that is not the model that the stage starts from; remove `refresh`"
+            )
         if self.normalise is not None and not self.objective.scores:
             raise ValueError(f"objective {kind} trains no reward model; remove the section `normalise`")
         if self.normalise is not None and self.objective.reads == "Stepped":
@@ -264,6 +270,8 @@ class TrainSettings(Settings):
             )
         if self.epochs is not None and isinstance(self.objective, OnPolicy):
             raise ValueError(f"objective {self.objective.kind} samples without end: give `steps`, not epochs")
+        if self.seconds is not None and getattr(self.tuner, "unfreeze", False):
+            raise ValueError("tuner.unfreeze: a run of a given time has no known end; set unfreeze: 0, or give steps or epochs")
         learning = {"optim": self.optim} | ({"critic.optim": self.critic.optim} if self.critic is not None else {})
         for path, optim in learning.items():
             if self.seconds is not None and (optim.schedule != "constant" or optim.warmup):
@@ -298,6 +306,9 @@ class TrainSettings(Settings):
     def check(self) -> None:
         """What can be refused before any weight is read: files, columns, rows that the objective cannot learn from."""
         self.model.check()
+        self._check_below(self.model, self.tuner, "tuner")
+        if self.critic is not None and not self.critic.shared:
+            self._check_below(self.critic.model or self.model, self.critic.tuner, "critic.tuner")
         self.optim.check(self.model)
         if self.critic is not None:
             self.critic.optim.check(self.critic.model or self.model)
@@ -320,6 +331,13 @@ class TrainSettings(Settings):
                 task.check()
                 task.grader.check_policy(self.model)
         self.validation.evaluation.check(self.model)
+
+    def _check_below(self, source: ModelSource, tuner: Tuner, path: str) -> None:
+        if not tuner.stores and source.path is not None and not folds(source):
+            raise RecipeError(
+                f"{path}: {tuner.kind} would move the weights below the adapter {source.path}, which cannot be folded into them; "
+                "take a tuner that is stored alone, such as lora"
+            )
 
     def _check_rows(self, data: Data, objective: Objective, wanted: frozenset[str]) -> None:
         for source in data.sources:

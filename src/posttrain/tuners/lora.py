@@ -1,38 +1,34 @@
 """LoRA: low-rank updates of linear layers; parameters and file format are peft's."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+import math
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from posttrain.component import did_you_mean
 from posttrain.errors import RecipeError
-from posttrain.tuners.tuner import Tuner
+from posttrain.tuners.injected import Injected, task_of
+from posttrain.tuners.places import linears
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-ADAPTER = "default"
-PREFIX = "base_model.model."  # of every weight in peft's files: the model inside of a PeftModel
+OTHER_SENSES = ("vision", "visual", "audio")  # parts of a multimodal model that text does not train
+BEGINNINGS: dict[str, Any] = {
+    "kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "olora": "olora", "pissa": "pissa"
+}  # fmt: skip
 
-
-def has_score(model: "PreTrainedModel") -> bool:
-    """Whether the model has a score head, which is trained in full beside any tuner."""
-    return model.get_output_embeddings() is None and hasattr(model, "score")
-
-
-class LoRA(Tuner, kind="lora"):
-    """y = W x + (alpha / rank) B A x with W frozen, B = 0 at the start. arXiv 2106.09685.
+class LoRA(Injected, kind="lora"):
+    """y = W x + (alpha / rank) B A x with W frozen, B = 0 at the start. arXiv 2106.09685. rank x (inputs + outputs) parameters.
 
     peft's layers and files. Dropout is 0, so that ratios and references are exact. Learning rates are about 10 times those of
     full fine-tuning (1e-4 to 5e-4).
     """
 
+    peft_type = "LORA"
+    learning_rates = (1e-5, 2e-4, 2e-3)
     rank: PositiveInt = 16
     """r, the rank of the update."""
     alpha: PositiveFloat = 32.0
@@ -41,91 +37,86 @@ class LoRA(Tuner, kind="lora"):
     """Names of linear layers (the last part, such as q_proj), or all of them but the vocabulary head."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank): arXiv 2312.03732."""
+    dora: bool = False
+    """Learn the length of each row of the weights apart from its direction, which the update turns: arXiv 2402.09353."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa"] = "kaiming"
+    """How A begins (B with 0). pissa, olora: both with the weights' own largest directions (arXiv 2404.02948, 2406.01775), which
+    are taken out of the frozen part; the file is then a LoRA of twice the rank on the weights as they were."""
+    b_rate: PositiveFloat = 1.0
+    """B learns so many times as fast as A: LoRA+ takes 16 (arXiv 2402.12354)."""
 
-    reversible = True
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.dora and self._moves_base:
+            raise ValueError(f"dora keeps the lengths of the weights, and init: {self.init} changes the weights; take one")
+        return self
 
-    def install(self, model: "PreTrainedModel") -> None:
-        """Raises RecipeError where a target names no linear layer of this model."""
-        from peft import inject_adapter_in_model
+    @property
+    def _moves_base(self) -> bool:
+        return self.init in {"pissa", "olora"}
 
-        self._check_targets(model)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself (GPT-2's Conv1D)
-                inject_adapter_in_model(self._config("SEQ_CLS" if has_score(model) else "CAUSAL_LM"), model, ADAPTER)
-        except ValueError as error:
-            first = str(error).splitlines()[0]
-            raise RecipeError(f"tuner.targets: this architecture does not take LoRA there: {first}; name other layers") from None
+    @property
+    def reversible(self) -> bool:
+        return not self._moves_base
 
-    def _config(self, task: str) -> "LoraConfig":
+    def config(self, model: "PreTrainedModel") -> "LoraConfig":
         from peft import LoraConfig
 
-        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, use_rslora=self.rslora, task_type=task)
+        self._check_targets(model)
+        names = {name for path in linears(model) for name in path.split(".")}
+        elsewhere = sorted(name for name in names if any(one in name for one in OTHER_SENSES))
+        return LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, use_rslora=self.rslora, use_dora=self.dora,
+            init_lora_weights=BEGINNINGS[self.init], task_type=task_of(model),
+            exclude_modules=rf".*({'|'.join(elsewhere)}).*" if elsewhere else None,
+        )  # fmt: skip
+
+    def install(self, model: "PreTrainedModel") -> None:
+        super().install(model)
+        if self._moves_base:
+            model.lora_before = {name: each.clone() for name, each in super().state(model).items()}
 
     def _check_targets(self, model: "PreTrainedModel") -> None:
+        """Raises RecipeError where a target names no linear layer of this model, or one that must not be."""
         if self.targets == "all-linear":
             return
-        from torch import nn
-        from transformers.pytorch_utils import Conv1D
-
-        if has_score(model) and "score" in self.targets:
-            raise RecipeError("tuner.targets: score is trained in full beside any tuner; leave it out")
         head = model.get_output_embeddings()
+        if head is None and "score" in self.targets:
+            raise RecipeError("tuner.targets: score is trained in full beside any tuner; leave it out")
         if head is not None and head.weight is model.get_input_embeddings().weight:
             tied = next(path.rpartition(".")[2] for path, module in model.named_modules() if module is head)
             if tied in self.targets:
                 raise RecipeError(
                     f"tuner.targets: {tied} shares its weights with the embeddings, so merging would change both; leave it out"
                 )
-        names = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+        names = {path.rpartition(".")[2] for path in linears(model) if not any(one in path for one in OTHER_SENSES)}
         for target in self.targets:
             if target not in names:
                 raise RecipeError(f"tuner.targets: no linear layer is called {target!r}{did_you_mean(target, names)}")
 
-    def merge(self, model: "PreTrainedModel") -> None:
-        """W + (alpha / rank) B A, computed in at least float32; the LoRA layers are replaced by plain ones."""
+    def paces(self, names: list[str]) -> dict[str, tuple[float, float]]:
+        return {} if self.b_rate == 1 else {name: (self.b_rate, 0.0) for name in names if ".lora_B." in name}
+
+    def state(self, model: "PreTrainedModel") -> "dict[str, Tensor]":
+        """Where the beginning was taken out of the weights, the difference from it: (A, A0) and (B, -B0)."""
         import torch
-        from peft.tuners.lora import LoraLayer
 
-        for path, layer in list(model.named_modules()):
-            if isinstance(layer, LoraLayer):
-                base = layer.get_base_layer()
-                with torch.no_grad():
-                    delta = layer.get_delta_weight(ADAPTER)
-                    wide = torch.promote_types(base.weight.dtype, torch.float32)
-                    base.weight.copy_((base.weight.to(wide) + delta.to(wide)).to(base.weight.dtype))
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, base)
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        model._hf_peft_config_loaded = False
+        found = super().state(model)
+        if not self._moves_base:
+            return found
+        before = model.lora_before
+        return {
+            name: torch.cat([each, before[name]]) if ".lora_A." in name else torch.cat([each, -before[name]], 1)
+            for name, each in found.items()
+        }
 
-    def save_adapter(self, model: "PreTrainedModel", folder: "Path", base: str) -> None:
-        """A folder that `PeftModel.from_pretrained` loads onto the base model."""
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
+    def peft_config(self, model: "PreTrainedModel") -> "PeftConfig":
+        """With what the file holds: where the beginning was taken out of the weights, a LoRA of twice the rank."""
+        from copy import copy
 
-        folder.mkdir(parents=True, exist_ok=True)
-        state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-        state = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
-        if has_score(model):
-            state[f"{PREFIX}score.weight"] = model.get_submodule("score").weight.detach().contiguous()
-        save_file(state, folder / "adapter_model.safetensors")
-        config = model.peft_config[ADAPTER]
-        config.base_model_name_or_path, config.inference_mode = base, True
-        config.modules_to_save = ["score"] if has_score(model) else None
+        config: Any = copy(super().peft_config(model))
         config.target_modules = sorted(config.target_modules)  # a set has another order in every process
-        config.save_pretrained(str(folder))
-
-    @contextmanager
-    def switched_off(self, model: "PreTrainedModel") -> Iterator[None]:
-        from peft.tuners.lora import LoraLayer
-
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        for layer in layers:
-            layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False
+        if self._moves_base:
+            config.r, config.init_lora_weights = 2 * self.rank, True
+            config.lora_alpha = self.alpha * (math.sqrt(2) if self.rslora else 2)
+        return config

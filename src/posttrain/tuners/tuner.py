@@ -1,15 +1,16 @@
 """Tuners: which parameters move. A tuner is installed into a transformers model; it knows nothing of losses, data or sampling."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from posttrain.component import Component
+from posttrain.errors import ModelError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
+    import torch
+    from peft import PeftConfig
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -17,19 +18,32 @@ class Tuner(Component):
     """Which parameters move, and how the result is stored."""
 
     default_kind = "full"
-    reversible: ClassVar[bool] = False
-    """Whether switching the tuner off gives back the model that it was installed into."""
+    merges: ClassVar[bool] = True
+    """Whether the result can be folded into the model's own weights. If not, a stage's model is an adapter folder."""
+    stores: ClassVar[bool] = True
+    """Whether what it learns is a file of its own, smaller than the model."""
+    begins_apart: ClassVar[bool] = False
+    """Whether the model is another as soon as the tuner is there, before anything is learned."""
+    peft_type: ClassVar[str | None] = None
+    """What peft calls it, for tuners whose files are peft's."""
+    learning_rates: ClassVar[tuple[float, float, float]] = (1e-6, 2e-5, 3e-4)
+    """The lowest that is usual, the one that is taken where none is given, and the highest that is usual."""
+
+    @property
+    def reversible(self) -> bool:
+        """Whether switching the tuner off gives back the model that it was installed into."""
+        return False
 
     def install(self, model: "PreTrainedModel") -> None:
-        """Adds what the tuner needs and leaves `requires_grad` on exactly what it trains. Draws come from torch's generator."""
+        """Adds what the tuner needs and leaves `requires_grad` on exactly what it trains. Draws come from torch's generator.
+
+        Raises RecipeError where the tuner does not fit the architecture.
+        """
         raise NotImplementedError
 
     def merge(self, model: "PreTrainedModel") -> None:
-        """Folds the tuner into the model's own weights, for good."""
+        """Folds the tuner into the model's own weights, for good. Only for tuners that merge."""
         raise NotImplementedError
-
-    def save_adapter(self, model: "PreTrainedModel", folder: "Path", base: str) -> None:
-        """Writes what was trained alone, where the tuner has a format for it."""
 
     @contextmanager
     def switched_off(self, model: "PreTrainedModel") -> Iterator[None]:
@@ -37,17 +51,55 @@ class Tuner(Component):
         raise NotImplementedError
         yield
 
+    def state(self, model: "PreTrainedModel") -> "dict[str, Tensor]":
+        """What an adapter's file holds, under the names that it has there: the model's own tensors, not copies. Empty for tuners
+        that have no such file."""
+        return {}
+
+    def restore(self, model: "PreTrainedModel", state: "Mapping[str, Tensor]") -> None:
+        """Puts back what `state` gave, into a model with the tuner in it. Raises ModelError where it does not fit."""
+        import torch
+
+        places = self.state(model)
+        refuse_misfit(state, {name: each.shape for name, each in places.items()})
+        with torch.no_grad():
+            for name, place in places.items():
+                place.copy_(state[name])
+
+    def peft_config(self, model: "PreTrainedModel") -> "PeftConfig | None":
+        """What peft needs to load the file; None where peft does not know such a tuner."""
+        return None
+
+    def paces(self, names: list[str]) -> dict[str, tuple[float, float]]:
+        """{parameter: (its share of the learning rate, the share of the run after which it moves)}, where not (1, 0)."""
+        return {}
+
+    @classmethod
+    def from_peft(cls, config: "Mapping[str, Any]") -> Self:
+        """The tuner of a configuration file of peft's. Raises ModelError for what only peft can do."""
+        raise NotImplementedError
+
 
 def tuned(model: "nn.Module") -> "dict[str, nn.Parameter]":
     """The parameters that move, by name; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-class Full(Tuner, kind="full"):
-    """Every parameter moves."""
+def in_dtype_of(model: "PreTrainedModel") -> "torch.dtype":
+    """What a tuner's own parameters are kept in: float32, or wider where the model is."""
+    import torch
 
-    def install(self, model: "PreTrainedModel") -> None:
-        model.requires_grad_(True)
+    return torch.promote_types(model.dtype, torch.float32)
 
-    def merge(self, model: "PreTrainedModel") -> None:
-        """Nothing to fold: the weights are the model's own."""
+
+def refuse_misfit(state: "Mapping[str, Tensor]", wanted: "Mapping[str, tuple[int, ...]]") -> None:
+    """Raises ModelError where an adapter's tensors are not, by names and shapes, those that a model has places for."""
+    for name, shape in wanted.items():
+        if name not in state:
+            raise ModelError(f"the adapter lacks {name}: it was made for another model, or its file is not whole")
+        if state[name].shape != shape:
+            raise ModelError(
+                f"{name} is {tuple(state[name].shape)} in the adapter and {tuple(shape)} in the model: made for another model"
+            )
+    if odd := sorted(set(state) - set(wanted)):
+        raise ModelError(f"the adapter holds {odd[0]}, which this model has no place for: it was made for another model")

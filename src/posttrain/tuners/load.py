@@ -1,0 +1,54 @@
+"""Loading a model with whatever was learned on top of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from posttrain.models import load as plain
+from posttrain.models.load import Loaded, LoadedScalar
+from posttrain.models.source import ModelSource
+from posttrain.tuners.folder import has_score, load_adapter
+
+
+def load(source: ModelSource | str | Path) -> Loaded:
+    """A causal LM: a model folder, a hub model, or an adapter folder with the model below it.
+
+    Raises ModelError for what transformers cannot load, what posttrain cannot train rightly, and adapters of other models.
+    """
+    source = plain.resolved(source)
+    below = source.below()
+    if below is None:
+        return plain.load(source)
+    found = load(below)
+    load_adapter(found.lm.model, _folder(source), below)
+    return Loaded(found.lm, _tokenizer(source, found.tokenizer))
+
+
+def load_scalar(source: ModelSource | str | Path, fresh: Callable[[Tensor], Any] | None = None) -> LoadedScalar:
+    """A model that scores sequences, in the same ways. `fresh`: as for `models.load.load_scalar`."""
+    source = plain.resolved(source)
+    below = source.below()
+    if below is None:
+        return plain.load_scalar(source, fresh)
+    found = load_scalar(below, nn.init.zeros_ if has_score(_folder(source)) else fresh)
+    known = load_adapter(found.lm.model, _folder(source), below)
+    if "reward_shift" in known:
+        found.lm.shift = float(known["reward_shift"])
+    return LoadedScalar(found.lm, _tokenizer(source, found.tokenizer))
+
+
+def _folder(source: ModelSource) -> Path:
+    folder = source.folder()
+    assert folder is not None
+    return folder
+
+
+def _tokenizer(source: ModelSource, below: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The adapter's own, where it has one: its chat template is the one that was learned."""
+    if source.chat_template is not None or not (_folder(source) / "tokenizer_config.json").is_file():
+        return below
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(_folder(source)))
+    return found
