@@ -71,7 +71,7 @@ def test_every_objective_and_every_tuner_is_in_the_matrix():
     assert {case.kind for case in TUNERS} == {kind for kind in Tuner.kinds if ":" not in kind}
 
 
-@pytest.mark.parametrize(("case", "example"), pairs())
+@pytest.mark.parametrize(("case", "example"), list(pairs()))
 def test_the_loss_falls_and_the_tuner_alone_moves(case, example):
     lm = built(case, example)
     before, moves = marks_of(lm), set(moving(lm))
