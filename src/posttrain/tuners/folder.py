@@ -75,7 +75,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: ModelSource) -> dic
     except ModelError as error:
         raise ModelError(f"{named(folder)}: {error}") from None
     model.requires_grad_(False)
-    return known | {"scores": head is not None}
+    return known
 
 
 def _put_in(
