@@ -1,6 +1,7 @@
 """What a model folder stands on, known from files alone."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ModelError
@@ -13,11 +14,39 @@ def folds(source: ModelSource) -> bool:
     below = source.below()
     if below is None:
         return True
-    folder = source.folder()
-    assert folder is not None
-    known = about_adapter(folder)
+    known = about_adapter(folder_of(source))
     tuner = kind_of_peft(known["peft"]) if "peft" in known else made_of(known["tuner"])
     return (tuner is None or tuner.merges) and folds(below)
+
+
+def refuse_unfoldable(source: ModelSource) -> None:
+    """Raises ModelError, from files alone, where an adapter on the way to a model cannot be part of its weights."""
+    below = source.below()
+    if below is None:
+        return
+    refuse_unfoldable(below)
+    if not folds(source):
+        name = kind_of(source)
+        why = "puts learned tokens before every text" if name in {"prompt", "p_tuning", "prefix"} else "adds networks of its own"
+        raise ModelError(
+            f"{source.path}: tuner {name} {why}, which are no part of any weight, so it cannot be merged; use the adapter "
+            "folder as a model as it is, or train with a tuner that merges, such as lora"
+        )
+
+
+def kind_of(source: ModelSource) -> str:
+    """The tuner of an adapter folder, as posttrain calls it; as peft does where posttrain has none such."""
+    known = about_adapter(folder_of(source))
+    if "peft" not in known:
+        return str(made_of(known["tuner"]).kind)
+    kind = kind_of_peft(known["peft"])
+    return str(known["peft"].get("peft_type")) if kind is None else str(kind.kind)
+
+
+def folder_of(source: ModelSource) -> Path:
+    folder = source.folder()
+    assert folder is not None
+    return folder
 
 
 def made_of(settings: Mapping[str, Any]) -> Tuner:

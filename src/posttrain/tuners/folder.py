@@ -50,26 +50,22 @@ def save_adapter(tuner: Tuner, model: PreTrainedModel, folder: Path, base: Model
     (folder / ADAPTER).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, base: ModelSource) -> dict[str, Any]:
-    """Puts a folder's adapter into the model that it was learned on, frozen; it is folded into the weights where that can be.
+def load_adapter(model: PreTrainedModel, folder: Path, base: ModelSource, apart: bool = False) -> dict[str, Any]:
+    """Puts a folder's adapter into the model that it was learned on, frozen; it is folded into the weights where that can be,
+    unless it is to stay `apart`.
 
     Returns what the folder says of it. Raises ModelError for the adapter of another model, by hash or by shapes.
     """
     known = about_adapter(folder)
-    recorded = str(known.get("weights") or HUB)
-    if not recorded.startswith(HUB) and base.folder() is not None and recorded != base.weights():
-        raise ModelError(
-            f"{named(folder)}: this adapter was made on another model than {base.path}: its weights have changed since, or it is "
-            "not the one; name the right one with `base`"
-        )
-    state = _read(folder)
+    refuse_other_base(known, folder, base)
+    state = read(folder)
     peft = json.loads((folder / PEFT).read_text(encoding="utf-8")) if (folder / PEFT).is_file() else None
     kind = None if peft is None else str(peft.get("peft_type"))
     head = state.pop(_score(kind), None)
     if scores(model):  # of a language model's adapter, for a critic that begins as it
         state = {name: each for name, each in state.items() if not name.startswith("lm_head.")}
     try:
-        _put_in(model, folder, known.get("tuner"), peft, state, folds(base))
+        _put_in(model, folder, known.get("tuner"), peft, state, not apart and folds(base))
         if head is not None:
             _put_head(model, head)
     except ModelError as error:
@@ -78,13 +74,27 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: ModelSource) -> dic
     return known
 
 
+def refuse_other_base(known: dict[str, Any], folder: Path, base: ModelSource) -> None:
+    """Raises ModelError where an adapter was made on other weights than those of `base`, and both are at hand."""
+    recorded = str(known.get("weights") or HUB)
+    if not recorded.startswith(HUB) and base.folder() is not None and recorded != base.weights():
+        raise ModelError(
+            f"{named(folder)}: this adapter was made on another model than {base.path}: its weights have changed since, or it is "
+            "not the one; name the right one with `base`"
+        )
+
+
 def _put_in(
     model: PreTrainedModel, folder: Path, settings: dict[str, Any] | None, peft: dict[str, Any] | None, state: dict[str, Tensor],
     exact: bool,
 ) -> None:  # fmt: skip
     kind = None if peft is None else kind_of_peft(peft)
     if peft is not None and (kind is None or not issubclass(kind, SoftTuner)):
-        _inject(model, folder, state, exact)
+        inject(model, folder, state, NAME if exact else f"below{len(getattr(model, 'peft_config', {}))}")
+        if exact:
+            fold(model)
+        else:
+            activate(model)
         return
     if settings is not None:
         begun = {"text": None} if "text" in settings else {}  # what it began with is overwritten
@@ -98,8 +108,8 @@ def _put_in(
     tuner.restore(model, state)
 
 
-def _inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], exact: bool) -> None:
-    """Any adapter that peft puts into layers; folded into the weights where those are all that the layers compute with."""
+def inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], name: str) -> None:
+    """Any adapter that peft puts into layers, beside those that are there. Raises ModelError where it does not fit."""
     from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(str(folder))
@@ -108,7 +118,6 @@ def _inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], exac
         if getattr(config, only, None):
             raise ModelError(f"its {only} is something that peft alone computes; merge the adapter with peft first")
     config.modules_to_save = None
-    name = NAME if exact else f"below{len(getattr(model, 'peft_config', {}))}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -126,13 +135,10 @@ def _inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], exac
     missing = [key for key in found.missing_keys if name in key.split(".")]
     if missing:
         raise ModelError(f"the adapter lacks {missing[0]}: it was made for another model, or its file is not whole")
-    if exact:
-        fold(model)
-    else:
-        activate(model)
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
+def read(folder: Path) -> dict[str, Tensor]:
+    """What an adapter's file holds. Raises ModelError for one that is not whole."""
     file = folder / WEIGHTS
     try:
         return dict(load_file(file))
@@ -142,7 +148,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 def has_score(folder: Path) -> bool:
     """Whether an adapter's file holds a score head."""
-    return any(name.endswith("score.weight") for name in _read(folder))
+    return any(name.endswith("score.weight") for name in read(folder))
 
 
 def _score(peft_type: str | None) -> str:

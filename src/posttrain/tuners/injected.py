@@ -80,11 +80,17 @@ def fold(model: "PreTrainedModel") -> None:
     """Folds all of a model's layers of peft's into the weights of those that they stand for; rounded once, from float32."""
     from peft.tuners.lora import LoraLayer
 
-    for path, layer in layers_of(model).items():
+    for layer in layers_of(model).values():
         if isinstance(layer, LoraLayer):
             _fold_lora(layer)
         else:
             layer.merge()
+    remove(model)
+
+
+def remove(model: "PreTrainedModel") -> None:
+    """Takes all of a model's layers of peft's out; those that they stand for are there again."""
+    for path, layer in layers_of(model).items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.get_base_layer())
     if hasattr(model, "peft_config"):

@@ -13,31 +13,34 @@ from posttrain.models.source import ModelSource
 from posttrain.tuners.folder import has_score, load_adapter
 
 
-def load(source: ModelSource | str | Path) -> Loaded:
+def load(source: ModelSource | str | Path, apart: bool = False) -> Loaded:
     """A causal LM: a model folder, a hub model, or an adapter folder with the model below it.
 
-    Raises ModelError for what transformers cannot load, what posttrain cannot train rightly, and adapters of other models.
+    apart: leave the topmost adapter beside the weights, where it could be folded into them. Raises ModelError for what
+    transformers cannot load, what posttrain cannot train rightly, and adapters of other models.
     """
     source = plain.resolved(source)
     below = source.below()
     if below is None:
         return plain.load(source)
     found = load(below)
-    load_adapter(found.lm.model, _folder(source), below)
-    return Loaded(found.lm, _tokenizer(source, found.tokenizer))
+    load_adapter(found.lm.model, _folder(source), below, apart)
+    return Loaded(found.lm, tokenizer_of(source, found.tokenizer))
 
 
-def load_scalar(source: ModelSource | str | Path, fresh: Callable[[Tensor], Any] | None = None) -> LoadedScalar:
+def load_scalar(
+    source: ModelSource | str | Path, fresh: Callable[[Tensor], Any] | None = None, apart: bool = False
+) -> LoadedScalar:
     """A model that scores sequences, in the same ways. `fresh`: as for `models.load.load_scalar`."""
     source = plain.resolved(source)
     below = source.below()
     if below is None:
         return plain.load_scalar(source, fresh)
     found = load_scalar(below, nn.init.zeros_ if has_score(_folder(source)) else fresh)
-    known = load_adapter(found.lm.model, _folder(source), below)
+    known = load_adapter(found.lm.model, _folder(source), below, apart)
     if "reward_shift" in known:
         found.lm.shift = float(known["reward_shift"])
-    return LoadedScalar(found.lm, _tokenizer(source, found.tokenizer))
+    return LoadedScalar(found.lm, tokenizer_of(source, found.tokenizer))
 
 
 def _folder(source: ModelSource) -> Path:
@@ -46,7 +49,7 @@ def _folder(source: ModelSource) -> Path:
     return folder
 
 
-def _tokenizer(source: ModelSource, below: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def tokenizer_of(source: ModelSource, below: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The adapter's own, where it has one: its chat template is the one that was learned."""
     if source.chat_template is not None or not (_folder(source) / "tokenizer_config.json").is_file():
         return below

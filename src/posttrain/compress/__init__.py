@@ -1,0 +1,1 @@
+"""Models made smaller, and written in the forms that other programs read."""
