@@ -12,7 +12,7 @@ from posttrain.pipeline.recipe import Recipe, built
 from posttrain.pipeline.run import Listener, Result
 from posttrain.pipeline.run import run as run_recipe
 from posttrain.tasks import Task
-from posttrain.tuners.merge import Method, Mix
+from posttrain.tuners.mix import Method, Mix
 
 if TYPE_CHECKING:
     from posttrain.compress.readback import Written
@@ -66,9 +66,9 @@ def merge(
 ) -> "Written":
     """Folds an adapter folder, and those below it, into the model that they stand on; several LoRAs of one model by `weights`.
 
-    Writes a transformers folder to `out`; of several, with `adapter`, an adapter folder of `rank`. It is read back and compared:
-    what is returned says what was measured. Raises InputError for what cannot be merged, RunError where a check fails; then nothing
-    is at `out`.
+    Writes a transformers folder to `out`; of several, with `adapter`, an adapter folder of `rank`. It is read back and compared;
+    what is returned says what was measured. Raises InputError for what cannot be merged, RunError where a check fails; then
+    nothing is at `out`.
     """
     names = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     settings = {"base": base, "chat_template": chat_template}
@@ -98,8 +98,8 @@ def export(
 ) -> "Written":  # fmt: skip
     """Writes a model for others: `folder` for transformers, adapters merged; `peft`, an adapter alone; `gguf`, for llama.cpp.
 
-    dtype: float32, bfloat16 or float16, by default as the model is stored; of gguf also q8_0, q5_1, q5_0, q4_1, q4_0. Returns what
-    was measured when it was read back. Raises as `merge`.
+    dtype: float32, bfloat16 or float16, by default as the model is stored; of gguf also q8_0, q5_1, q5_0, q4_1, q4_0. Returns
+    what was measured when it was read back. Raises as `merge`.
     """
     from posttrain.compress.export import export as write
 

@@ -35,7 +35,7 @@ def merge(
     from posttrain.api import merge as write
     from posttrain.errors import InputError
     from posttrain.pipeline.libraries import heavy_imports
-    from posttrain.tuners.merge import METHODS
+    from posttrain.tuners.mix import METHODS
 
     if method not in METHODS:
         raise InputError(f"method {method!r}: there is no such; take one of {', '.join(METHODS)}")

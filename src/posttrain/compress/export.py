@@ -36,7 +36,8 @@ from posttrain.models.source import PEFT, ModelSource
 from posttrain.tuners.below import folder_of, kind_of, refuse_unfoldable
 from posttrain.tuners.folder import WEIGHTS, save_adapter
 from posttrain.tuners.load import load, load_scalar
-from posttrain.tuners.merge import Mix, is_scalar, merged
+from posttrain.tuners.merge import is_scalar, merged
+from posttrain.tuners.mix import Mix
 
 FORMATS = ("folder", "peft", "gguf")
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,8 +64,8 @@ def merge(source: ModelSource | str | Path, out: str | Path, dtype: str | None =
 def merge_several(mix: Mix, out: str | Path, adapter: bool = False, rank: int | None = None, dtype: str | None = None) -> Written:
     """Writes the model that several LoRAs make together; with `adapter` one LoRA, of `rank`, on the model below them.
 
-    Of method linear the logits are compared with those of the adapters side by side; of the others, which are no sum, with those
-    of the model in memory. Raises as `merge`.
+    What is measured of method linear is against the adapters side by side, folded into nothing; of the others, which are no sum,
+    against the model with their update folded in. Raises as `merge`.
     """
     out, mix = Path(out), replace(mix, sources=[_exact(each) for each in mix.sources])
     mix.check()
@@ -73,24 +74,30 @@ def merge_several(mix: Mix, out: str | Path, adapter: bool = False, rank: int | 
         raise InputError("dtype is of a merged model; an adapter is float32: remove it")
     if rank is not None and not adapter:
         raise InputError("rank is of an adapter, and a merged model has none: remove it, or ask for an adapter")
-    loaded = mix.load()
-    model, want = loaded.lm.model, None
-    if mix.method == "linear":
-        with mix.summed(model):
-            want = said(loaded.lm)
+    chosen = _float(dtype, mix.below)
+    want, loaded = _said_together(mix), mix.load()
     if not adapter:
-        mix.fold(model)
-        return _folder(loaded, said(loaded.lm) if want is None else want, out, _float(dtype, mix.below))
-    tuner, cut = mix.as_lora(model, rank)
+        mix.fold(loaded.lm.model)
+        return _folder(loaded, want, out, chosen)
+    tuner, cut = mix.as_lora(loaded.lm.model, rank)
     held = said(loaded.lm)
     with staged(out) as stage:
-        save_adapter(tuner, model, stage, mix.below)
+        save_adapter(tuner, loaded.lm.model, stage, mix.below)
         loaded.tokenizer.save_pretrained(stage)
         again = load(ModelSource(path=str(stage), base=mix.below.foundation().path), apart=True)
         refuse_far(held, said(again.lm), out)
         refuse_other_text(loaded.tokenizer, again.tokenizer, out)
-        found = report(out, stage, "adapter", "float32", held if want is None else want, held, loaded.tokenizer, stop_ids(loaded))
+        found = report(out, stage, "adapter", "float32", want, held, loaded.tokenizer, stop_ids(loaded))
         return replace(found, cut=cut)
+
+
+def _said_together(mix: Mix) -> Tensor:
+    loaded = mix.load()
+    if mix.method == "linear":
+        with mix.summed(loaded.lm.model):
+            return said(loaded.lm)
+    mix.fold(loaded.lm.model)
+    return said(loaded.lm)
 
 
 def export(
@@ -186,7 +193,7 @@ def _said_by_peft(folder: Path, below: ModelSource, scores: bool, rows: list[lis
     model = PeftModel.from_pretrained(base, str(folder)).eval()
     with torch.no_grad():
         found = [model(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in rows]
-    return torch.stack(found) if scores else torch.cat([each[-len(row) :][:-1] for each, row in zip(found, rows, strict=True)])
+    return torch.cat(found) if scores else torch.cat([each[-len(row) :][:-1] for each, row in zip(found, rows, strict=True)])
 
 
 def _gguf(source: ModelSource, out: Path, dtype: str | None, text: bool) -> Written:

@@ -89,17 +89,20 @@ def rows_for(lm: Any) -> list[list[int]]:
     ]
 
 
-def said(lm: Any) -> Float[Tensor, "N V"]:
-    """The logits after each token of the rows but the last; a reward model's scores, [B, 1]."""
+def said(lm: Any) -> Float[Tensor, " *rows"]:
+    """The logits after each token of the rows but the last, [N, V]; a reward model's scores of the rows, [B]."""
     seqs = Sequences.of([(row, [False] + [True] * (len(row) - 1)) for row in rows_for(lm)])
     with torch.no_grad():
         return (lm.scores(seqs) if isinstance(lm, ScalarLM) else lm.project(lm.hidden(seqs))).cpu()
 
 
 def measured(want: Tensor, got: Tensor) -> tuple[float, float]:
-    """(the largest difference, the mean KL(want || got) a row)."""
+    """(the largest difference, the mean KL(want || got) a token; 0 of scores)."""
+    far = float((want - got).abs().max())
+    if want.ndim == 1:
+        return far, 0.0
     p, q = (each.double().log_softmax(-1) for each in (want, got))
-    return float((want - got).abs().max()), float((p.exp() * (p - q)).sum(-1).mean())
+    return far, float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def refuse_far(want: Tensor, got: Tensor, out: Path) -> None:
