@@ -75,7 +75,7 @@ def dequantize(codes: UInt8[Tensor, " bytes"], largest: Float[Tensor, " blocks"]
         import bitsandbytes  # noqa: F401
 
         found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes[:, None], largest, BLOCK, "nf4", shape, torch.float32)
-        return found
+        return found.reshape(shape)  # of one row it makes a matrix
     values = F.embedding(codes.int(), _pairs(codes.device)).reshape(-1)[: shape.numel()]
     return _scaled(values, largest, BLOCK).reshape(shape)
 

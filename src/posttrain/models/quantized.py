@@ -3,7 +3,7 @@
 They are frozen. Gradients flow through them to what lies below, by the same numbers; nothing dense is kept for the backward.
 """
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -79,7 +79,7 @@ class NF4(Quantized):
     mean: Tensor | None
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "M K"], bias: nn.Parameter | None, double: bool) -> Self:
+    def of(cls, weight: Float[Tensor, "M K"], bias: nn.Parameter | None, double: bool) -> "NF4":
         codes, magnitudes = nf4.quantize(weight)
         outer, mean = None, None
         if double:
@@ -110,7 +110,7 @@ class NF4(Quantized):
         }  # fmt: skip
 
     @classmethod
-    def read(cls, found: dict[str, Tensor], bias: nn.Parameter | None) -> Self:
+    def read(cls, found: dict[str, Tensor], bias: nn.Parameter | None) -> "NF4":
         codes, magnitudes, outer, mean, (outputs, inputs) = nf4.read(found)
         return cls(inputs, outputs, bias, codes, magnitudes, outer, mean)
 
