@@ -46,7 +46,7 @@ def rows(maker: Maker, count: int, seed: int, *purpose: str | int) -> list[Rende
     return [RenderedRow((row(question, answer),)) for question, answer in found.items()]
 
 
-def write_model(seed: int, layout: str = "tree", **shape: int) -> LM:
+def write_model(seed: int, layout: Any = "tree", **shape: int) -> LM:
     """A new tiny Llama of these sizes."""
     tokens: Any = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     config = LlamaConfig(vocab_size=len(SYMBOLS), max_position_embeddings=64, **tokens, **shape)

@@ -26,7 +26,7 @@ CLAIM = Claim(
     "T3",
     "LoRA learns less and forgets less than full fine-tuning, the more so the lower its rank; the full change has a high rank",
     "arXiv 2405.09673",
-    f"by 2 s.e.: the loss of A rises less under every LoRA than in full, and the loss of B is higher under LoRA of r ≤ {LOW}; both "
+    f"by 2 s.e.: the loss of A rises less under every LoRA than in full, and that of B is higher under LoRA of r ≤ {LOW}; both "
     f"monotone in r (Spearman > {MONOTONE:g}); rank that holds {ENERGY:.0%} of the full change > {WIDER:g} r for r ≤ {LOW}",
 )
 SETTINGS: dict[str, Any] = {
@@ -34,8 +34,8 @@ SETTINGS: dict[str, Any] = {
     "rates": {"full": 3e-3, "1": 1e-2, "4": 1e-2, "16": 1e-2, "64": 1e-2}, "base_rate": 3e-3, "looks": 10, "processes": 2,
 }  # fmt: skip
 QUICK = {
-    **SETTINGS, "seeds": [101], "ranks": [1, 4], "base_steps": 60, "steps": 12, "batch": 16, "rows": 256, "held_out": 64, "looks": 2,
-    "processes": 1,
+    **SETTINGS, "seeds": [101], "ranks": [1, 4], "base_steps": 60, "steps": 12, "batch": 16, "rows": 256, "held_out": 64,
+    "looks": 2, "processes": 1,
 }  # fmt: skip
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -79,7 +79,8 @@ def of_seed(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         symbols.tune(lm, tuner, b[held:], steps, settings["batch"], settings["rates"][name], seed, watcher)
         found[name] = points
         if name == "full":
-            found["rank"] = statistics.fmean(effective_rank(one - two) for one, two in zip(matrices(lm), matrices(base), strict=True))
+            changes = [one - two for one, two in zip(matrices(lm), matrices(base), strict=True)]
+            found["rank"] = statistics.fmean(map(effective_rank, changes))
     return found
 
 
@@ -146,7 +147,9 @@ def ranks_of(numbers: dict[str, Number]) -> list[int]:
 def judge(numbers: dict[str, Number]) -> dict[str, bool]:
     ranks = ranks_of(numbers)
     return {
-        "every LoRA forgets less than full fine-tuning": all(exceeds(numbers[f"r = {rank}: forgotten less than in full"]) for rank in ranks),
+        "every LoRA forgets less than full fine-tuning": all(
+            exceeds(numbers[f"r = {rank}: forgotten less than in full"]) for rank in ranks
+        ),
         f"full fine-tuning learns more than LoRA of r up to {LOW}": all(
             exceeds(numbers[f"r = {rank}: B learned less than in full"]) for rank in ranks if rank <= LOW
         ),
@@ -163,10 +166,10 @@ def say(numbers: dict[str, Number]) -> str:
         f"{title} {shown(numbers[f'{title}: loss of B'])} / {shown(numbers[f'{title}: A forgotten'], 2)}"
         for title in (*(f"r = {rank}" for rank in ranks_of(numbers)), "full")
     ]
+    forgotten, learned = (shown(numbers[f"Spearman of r and {what}"], 2) for what in ("A forgotten", "B learned"))
     return (
-        f"loss of B / rise of A's loss, nats a token: {'; '.join(parts)}; Spearman of r and what is forgotten "
-        f"{shown(numbers['Spearman of r and A forgotten'], 2)}, learned {shown(numbers['Spearman of r and B learned'], 2)}; effective "
-        f"rank of the full change {shown(numbers['effective rank of the full change'], 1)} of 64"
+        f"loss of B / rise of A's loss, nats a token: {'; '.join(parts)}; Spearman of r and what is forgotten {forgotten}, learned "
+        f"{learned}; effective rank of the full change {shown(numbers['effective rank of the full change'], 1)} of 64"
     )
 
 

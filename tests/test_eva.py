@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_prefix_that_rows_share_counts_once() -> None:
     path, layer = next(iter(layers_of(lm.model).items()))
     states = inputs_of(lm, seqs)[path]
     edges = seqs.starts.tolist()
-    once = torch.cat([states[:40], *(states[start + 40 : stop] for start, stop in zip(edges, edges[1:], strict=False))])
+    once = torch.cat([states[:40], *(states[start + 40 : stop] for start, stop in pairwise(edges))])
     a = layer.lora_A["default"].weight  # type: ignore[union-attr]
     _, _, vectors = torch.linalg.svd(once - once.mean(0), full_matrices=False)
     torch.testing.assert_close((a @ vectors[: len(a)].T).abs(), torch.eye(len(a), dtype=torch.float64), atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""EVA: A begins with the directions in which a layer's inputs vary most, and layers that need more of them get more. 2410.07170."""
+"""EVA: A begins with the directions in which a layer's inputs vary most; layers that need more of them get more. 2410.07170."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -46,8 +46,8 @@ class Inputs:
             self.take_in()
         if not hasattr(self.pca, "components_"):
             raise DataError(
-                f"tuner.init: eva: {seen} tokens are too few to find {self.components} directions of a layer's inputs, which takes "
-                f"{self.enough}; give the stage more rows, lower tuner.rank, or take another init"
+                f"tuner.init: eva: {seen} tokens are too few to find {self.components} directions of a layer's inputs (it takes "
+                f"{self.enough}); give the stage more rows, lower tuner.rank, or take another init"
             )
         return self.pca.components_[: self.components], self.pca.explained_variance_ratio_[: self.components].tolist()
 

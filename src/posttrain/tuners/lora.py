@@ -96,8 +96,10 @@ class LoRA(Injected, kind="lora"):
         return directions(lm, rows, self._own_layers(lm.model), self.rank)
 
     def begin(self, model: "PreTrainedModel", found: "Mapping[str, Tensor]") -> None:
-        """A and B of the ranks that were found. Every layer's update is scaled as the recipe says, whatever its rank; a layer that
-        no row has reached stays as it is."""
+        """A and B of the ranks that were found. Every layer's update is scaled as the recipe says, whatever its rank.
+
+        A layer that no row has reached (an expert) stays as it is.
+        """
         from torch import nn
 
         config: Any = model.peft_config[ADAPTER]
