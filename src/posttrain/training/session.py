@@ -23,6 +23,7 @@ from posttrain.models.source import ModelSource
 from posttrain.objectives import Objective, OnPolicy, RewardObjective
 from posttrain.rl import OnPolicyStream
 from posttrain.text import RenderedRow
+from posttrain.training.beginning import begin_from_rows
 from posttrain.training.fit import Learner, Stats, Training, annotated, fit, in_pieces, term_stats
 from posttrain.training.record import INTERRUPTIONS, Recorder, Show
 from posttrain.training.roles import actor_critic, cached_references, frozen_roles, new_head
@@ -69,6 +70,8 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(draws.key(session.seed, "tuner") % 2**63)
         settings.tuner.install(loaded.lm.model)
+    if settings.tuner.reads_rows:
+        begin_from_rows(settings, session.folder, session.seed, loaded.lm, template, rows.data)
     if isinstance(loaded.lm, ScalarLM):
         loaded.lm.head.requires_grad_(True)  # under every tuner
     learners = {"policy": Learner.of(tuned(loaded.lm.model), settings.optim, settings.tuner)}

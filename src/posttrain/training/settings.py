@@ -244,6 +244,8 @@ class TrainSettings(Settings):
             )
         if self.critic is not None and "critic" not in self.objective.trains:
             raise ValueError(f"objective {kind} trains no critic; remove the section `critic`")
+        if self.critic is not None and self.critic.tuner.reads_rows:
+            raise ValueError("critic.tuner: init: eva is for the policy, which begins from the stage's rows; take another init")
         if self.reference != Reference() and "reference" not in self.objective.needs:
             raise ValueError(f"objective {kind}, as it is set, compares with no reference; remove the section `reference`")
         if self.reference.cache and not self.objective.reference_per_row:

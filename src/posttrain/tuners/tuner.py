@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from posttrain.batch import Sequences
+    from posttrain.models.backbone import Backbone
+
 
 class Tuner(Component):
     """Which parameters move, and how the result is stored."""
@@ -39,11 +42,24 @@ class Tuner(Component):
         """Whether it changes matrices of the model's own, which must be numbers then, and not codes of a few bits."""
         return False
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it begins from what the model makes of rows: `observe` and `begin` then follow `install`."""
+        return False
+
     def install(self, model: "PreTrainedModel") -> None:
         """Adds what the tuner needs and leaves `requires_grad` on exactly what it trains. Draws come from torch's generator.
 
         Raises RecipeError where the tuner does not fit the architecture.
         """
+        raise NotImplementedError
+
+    def observe(self, lm: "Backbone", rows: "Sequences") -> "dict[str, Tensor]":
+        """What it wants to know of the model's inner states on some rows. Only for tuners that read rows."""
+        raise NotImplementedError
+
+    def begin(self, model: "PreTrainedModel", found: "Mapping[str, Tensor]") -> None:
+        """Begins from what `observe` found. The parameters that it trains may be others afterwards."""
         raise NotImplementedError
 
     def merge(self, model: "PreTrainedModel") -> None:
