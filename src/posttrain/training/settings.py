@@ -17,6 +17,7 @@ from posttrain.tasks import Task
 from posttrain.training.optim import AdamW, Optimizer
 from posttrain.tuners import Full, Tuner
 from posttrain.tuners.below import folds
+from posttrain.tuners.tuner import refuse_quantized
 
 ANSWERED = frozenset({"Conversation", "Completion", "Preference", "Labelled", "Ranking"})
 HELD_OUT = frozenset({"Conversation", "Completion", "Text"})  # rows whose loss can be measured beside an objective that samples
@@ -243,6 +244,8 @@ class TrainSettings(Settings):
             )
         if self.critic is not None and "critic" not in self.objective.trains:
             raise ValueError(f"objective {kind} trains no critic; remove the section `critic`")
+        if self.critic is not None and self.critic.tuner.reads_rows:
+            raise ValueError("critic.tuner: init: eva is for the policy, which begins from the stage's rows; take another init")
         if self.reference != Reference() and "reference" not in self.objective.needs:
             raise ValueError(f"objective {kind}, as it is set, compares with no reference; remove the section `reference`")
         if self.reference.cache and not self.objective.reference_per_row:
@@ -333,6 +336,8 @@ class TrainSettings(Settings):
         self.validation.evaluation.check(self.model)
 
     def _check_below(self, source: ModelSource, tuner: Tuner, path: str) -> None:
+        if source.is_quantized():
+            refuse_quantized(tuner, str(source.path or f"stage {source.stage}"))
         if not tuner.stores and source.path is not None and not folds(source):
             raise RecipeError(
                 f"{path}: {tuner.kind} would move the weights below the adapter {source.path}, which cannot be folded into them; "

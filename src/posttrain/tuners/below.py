@@ -10,10 +10,10 @@ from posttrain.tuners.tuner import Tuner
 
 
 def folds(source: ModelSource) -> bool:
-    """Whether a model consists of weights alone once it is loaded: all adapters on the way to it can be folded in."""
+    """Whether a model consists of weights alone once it is loaded: numbers into which all adapters on the way can be folded."""
     below = source.below()
     if below is None:
-        return True
+        return not source.is_quantized()
     known = about_adapter(folder_of(source))
     tuner = kind_of_peft(known["peft"]) if "peft" in known else made_of(known["tuner"])
     return (tuner is None or tuner.merges) and folds(below)

@@ -24,6 +24,10 @@ class Full(Tuner, kind="full"):
 
     stores = False
 
+    @property
+    def changes_weights(self) -> bool:
+        return True
+
     def install(self, model: "PreTrainedModel") -> None:
         model.requires_grad_(True)
 
@@ -75,6 +79,10 @@ class Layers(InPlace, kind="layers"):
         if (self.last, self.train, self.freeze, self.rate_decay, self.unfreeze) == (None, ["*"], [], 1.0, 0.0):
             raise ValueError("moves every layer, as it is set: give last, train or freeze, or take tuner full")
         return self
+
+    @property
+    def changes_weights(self) -> bool:
+        return True
 
     def install(self, model: "PreTrainedModel") -> None:
         names = list(own_parameters(model))

@@ -1,24 +1,31 @@
 """LoRA: low-rank updates of linear layers; parameters and file format are peft's."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from posttrain.component import did_you_mean
 from posttrain.errors import RecipeError
-from posttrain.tuners.injected import Injected, task_of
+from posttrain.tuners.injected import ADAPTER, Injected, layers_of, task_of
 from posttrain.tuners.places import linears
+from posttrain.tuners.tuner import in_dtype_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from posttrain.batch import Sequences
+    from posttrain.models.backbone import Backbone
+
 OTHER_SENSES = ("vision", "visual", "audio")  # parts of a multimodal model that text does not train
 BEGINNINGS: dict[str, Any] = {
-    "kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "olora": "olora", "pissa": "pissa"
+    "kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "olora": "olora", "pissa": "pissa",
+    "eva": True,  # until `begin`
 }  # fmt: skip
+
 
 class LoRA(Injected, kind="lora"):
     """y = W x + (alpha / rank) B A x with W frozen, B = 0 at the start. arXiv 2106.09685. rank x (inputs + outputs) parameters.
@@ -39,25 +46,31 @@ class LoRA(Injected, kind="lora"):
     """Scale by alpha / sqrt(rank): arXiv 2312.03732."""
     dora: bool = False
     """Learn the length of each row of the weights apart from its direction, which the update turns: arXiv 2402.09353."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa"] = "kaiming"
-    """How A begins (B with 0). pissa, olora: both with the weights' own largest directions (arXiv 2404.02948, 2406.01775), which
-    are taken out of the frozen part; the file is then a LoRA of twice the rank on the weights as they were."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "eva", "olora", "pissa"] = "kaiming"
+    """How A begins (B with 0). eva: with the directions in which a layer's inputs vary most on the stage's own rows; layers get
+    from 1 to 2 x rank of them, rank on average (arXiv 2410.07170). pissa, olora: A and B with the weights' own largest directions
+    (2404.02948, 2406.01775), which are taken out of the frozen part; the file is then a LoRA of twice the rank on the weights as
+    they were."""
     b_rate: PositiveFloat = 1.0
     """B learns so many times as fast as A: LoRA+ takes 16 (arXiv 2402.12354)."""
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        if self.dora and self._moves_base:
+        if self.dora and self.changes_weights:
             raise ValueError(f"dora keeps the lengths of the weights, and init: {self.init} changes the weights; take one")
         return self
 
     @property
-    def _moves_base(self) -> bool:
+    def changes_weights(self) -> bool:
         return self.init in {"pissa", "olora"}
 
     @property
     def reversible(self) -> bool:
-        return not self._moves_base
+        return not self.changes_weights
+
+    @property
+    def reads_rows(self) -> bool:
+        return self.init == "eva"
 
     def config(self, model: "PreTrainedModel") -> "LoraConfig":
         from peft import LoraConfig
@@ -73,8 +86,39 @@ class LoRA(Injected, kind="lora"):
 
     def install(self, model: "PreTrainedModel") -> None:
         super().install(model)
-        if self._moves_base:
+        if self.changes_weights:
             model.lora_before = {name: each.clone() for name, each in super().state(model).items()}
+
+    def observe(self, lm: "Backbone", rows: "Sequences") -> "dict[str, Tensor]":
+        """{layer: A as it begins, [its rank, inputs]}"""
+        from posttrain.tuners.eva import directions
+
+        return directions(lm, rows, self._own_layers(lm.model), self.rank)
+
+    def begin(self, model: "PreTrainedModel", found: "Mapping[str, Tensor]") -> None:
+        """A and B of the ranks that were found. Every layer's update is scaled as the recipe says, whatever its rank.
+
+        A layer that no row has reached (an expert) stays as it is.
+        """
+        from torch import nn
+
+        config: Any = model.peft_config[ADAPTER]
+        layers = self._own_layers(model)
+        for path, directions in found.items():
+            layer, rank = layers[path], len(directions)
+            a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            a.weight = nn.Parameter(directions.to(a.weight.device, in_dtype_of(model)))
+            b.weight = nn.Parameter(a.weight.new_zeros(b.out_features, rank))
+            layer.r[ADAPTER] = a.out_features = b.in_features = rank
+            if rank != self.rank:
+                share = rank / self.rank
+                config.rank_pattern[path] = rank
+                config.alpha_pattern[path] = self.alpha * (math.sqrt(share) if self.rslora else share)
+
+    def _own_layers(self, model: "PreTrainedModel") -> dict[str, Any]:
+        """Those that this tuner stands in, by path."""
+        layers: dict[str, Any] = dict(layers_of(model))
+        return {path: each for path, each in layers.items() if ADAPTER in getattr(each, "lora_A", {})}
 
     def _check_targets(self, model: "PreTrainedModel") -> None:
         """Raises RecipeError where a target names no linear layer of this model, or one that must not be."""
@@ -102,7 +146,7 @@ class LoRA(Injected, kind="lora"):
         import torch
 
         found = super().state(model)
-        if not self._moves_base:
+        if not self.changes_weights:
             return found
         before = model.lora_before
         return {
@@ -116,7 +160,7 @@ class LoRA(Injected, kind="lora"):
 
         config: Any = copy(super().peft_config(model))
         config.target_modules = sorted(config.target_modules)  # a set has another order in every process
-        if self._moves_base:
+        if self.changes_weights:
             config.r, config.init_lora_weights = 2 * self.rank, True
             config.lora_alpha = self.alpha * (math.sqrt(2) if self.rslora else 2)
         return config

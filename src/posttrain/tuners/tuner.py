@@ -5,13 +5,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from posttrain.component import Component
-from posttrain.errors import ModelError
+from posttrain.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from posttrain.batch import Sequences
+    from posttrain.models.backbone import Backbone
 
 
 class Tuner(Component):
@@ -34,11 +37,29 @@ class Tuner(Component):
         """Whether switching the tuner off gives back the model that it was installed into."""
         return False
 
+    @property
+    def changes_weights(self) -> bool:
+        """Whether it changes matrices of the model's own, which must be numbers then, and not codes of a few bits."""
+        return False
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it begins from what the model makes of rows: `observe` and `begin` then follow `install`."""
+        return False
+
     def install(self, model: "PreTrainedModel") -> None:
         """Adds what the tuner needs and leaves `requires_grad` on exactly what it trains. Draws come from torch's generator.
 
         Raises RecipeError where the tuner does not fit the architecture.
         """
+        raise NotImplementedError
+
+    def observe(self, lm: "Backbone", rows: "Sequences") -> "dict[str, Tensor]":
+        """What it wants to know of the model's inner states on some rows. Only for tuners that read rows."""
+        raise NotImplementedError
+
+    def begin(self, model: "PreTrainedModel", found: "Mapping[str, Tensor]") -> None:
+        """Begins from what `observe` found. The parameters that it trains may be others afterwards."""
         raise NotImplementedError
 
     def merge(self, model: "PreTrainedModel") -> None:
@@ -83,6 +104,15 @@ class Tuner(Component):
 def tuned(model: "nn.Module") -> "dict[str, nn.Parameter]":
     """The parameters that move, by name; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def refuse_quantized(tuner: Tuner, whose: str) -> None:
+    """Raises RecipeError for a tuner that changes weights which are codes; to be called where they are."""
+    if tuner.changes_weights:
+        raise RecipeError(
+            f"tuner {tuner.kind}: would change the weights of {whose}, which are quantised and stay as they are; take one that "
+            "learns beside them, such as lora with init: kaiming, or a model that is not quantised"
+        )
 
 
 def in_dtype_of(model: "PreTrainedModel") -> "torch.dtype":
