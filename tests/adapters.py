@@ -11,6 +11,7 @@ from tuned_models import move
 from posttrain.models.load import save
 from posttrain.models.source import ModelSource
 from posttrain.tuners import Tuner
+from posttrain.tuners.folder import save_adapter
 from posttrain.tuners.load import load
 
 WORDS = 403  # of the tokenizer
@@ -24,11 +25,9 @@ def base(folder: Path, name: str = "llama", shape: str = "chatml", seed: int = 0
     return folder
 
 
-def adapter(on: Path | str, folder: Path, seed: int = 1, kind: str = "lora", **settings: Any) -> Path:
+def adapter(on: Path | str, folder: Path, seed: int = 1, kind: str = "lora", quantize: Any = None, **settings: Any) -> Path:
     """The folder of an adapter that has moved."""
-    from posttrain.tuners.folder import save_adapter
-
-    source = ModelSource(path=str(on))
+    source = ModelSource(path=str(on), quantize=quantize)
     loaded = load(source)
     tuner = Tuner.lookup(kind)(**settings)
     with torch.random.fork_rng():

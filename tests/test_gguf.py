@@ -20,6 +20,7 @@ import posttrain
 from posttrain.cli.app import app
 from posttrain.compress import gguf, vocabulary
 from posttrain.compress.gguf import ARCHITECTURES, DTYPES, rotated
+from posttrain.data.render import Template
 from posttrain.errors import InputError, ModelError, RunError
 from posttrain.models.load import load
 from posttrain.tuners.load import load as load_any
@@ -79,7 +80,7 @@ def test_transformers_reads_the_model_that_was_written(name: str, tmp_path: Path
 def test_what_is_rounded_is_read_as_it_was_rounded(dtype: str, tmp_path: Path) -> None:
     """The model is left with what the file holds, so that both say exactly the same; and each block is as near as it can be."""
     steps = {"float16": 2**-11, "bfloat16": 2**-8, "q8_0": 1 / 254, "q5_0": 1 / 16, "q5_1": 1 / 62, "q4_0": 1 / 8, "q4_1": 1 / 30}
-    for name in ("llama", "gpt2"):
+    for name in ("llama", "gpt2") if dtype in {"bfloat16", "q4_0"} else ("llama",):
         before, left, file = written(tmp_path, name, dtype)
         found = read(file)
         assert torch.equal(logits(found), logits(left))
@@ -125,20 +126,20 @@ def test_a_weight_that_lies_wrongly_is_found_and_nothing_is_left(tmp_path: Path,
 
 @pytest.mark.parametrize("shape", ["chatml", "llama3", "qwen", "no_template"])
 def test_the_tokenizer_the_template_and_the_stop_tokens_are_read_as_they_were(shape: str, tmp_path: Path) -> None:
-    on = base(tmp_path / "base", shape=shape)
-    told = posttrain.export(on, tmp_path / "out.gguf", "gguf")
-    words, found = AutoTokenizer.from_pretrained(on), AutoTokenizer.from_pretrained(tmp_path, gguf_file="out.gguf")
+    words = tokenizer(shape)
+    ends = sorted(Template(words, words.chat_template is not None).stop_ids)
+    gguf.write(transformer("llama", vocab_size=len(words) + 5), words, ends, tmp_path / "out.gguf", "float32")
+    found = AutoTokenizer.from_pretrained(tmp_path, gguf_file="out.gguf")
     for text in ("It's 12 + 30.\n\n  Über 日本 🙂", f"{words.eos_token}the cat{words.eos_token}", " x", "a  b\tc\r\n"):
         assert found(text).input_ids == words(text).input_ids
         assert found.decode(words(text).input_ids) == words.decode(words(text).input_ids)
     assert found.chat_template == words.chat_template
     assert (found.eos_token_id, found.bos_token_id) == (words.eos_token_id, words.bos_token_id)
-    assert told.chat_template == (words.chat_template is not None)
     fields = library.GGUFReader(tmp_path / "out.gguf").fields
-    ends = [fields[key].contents() for key in fields if key.endswith(("eos_token_id", "eot_token_id", "eom_token_id"))]
-    assert sorted(ends) == told.stop_ids
-    if shape == "chatml":
-        assert set(ends) >= {words.convert_tokens_to_ids("<|im_end|>"), words.eos_token_id}
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == words.eos_token_id
+    further = [fields[key].contents() for key in fields if key.endswith("eot_token_id")]
+    assert sorted([*further, words.eos_token_id]) == ends
+    assert gguf.told(tmp_path / "out.gguf") == (words.chat_template, [words.eos_token_id, *further])
     kinds = fields["tokenizer.ggml.token_type"].contents()
     assert kinds[words.eos_token_id] == library.TokenType.CONTROL
     assert kinds[words("the").input_ids[0]] == library.TokenType.NORMAL

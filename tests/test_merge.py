@@ -25,13 +25,14 @@ from posttrain.pipeline.recipe import Recipe
 from posttrain.pipeline.run import run
 from posttrain.tuners import Tuner
 from posttrain.tuners.folder import save_adapter
+from posttrain.tuners.injected import layers_of
 from posttrain.tuners.load import load, load_scalar
 from posttrain.tuners.mix import Mix, together
 
 ONE = torch.tensor([[4.0, -1.0, 3.0], [2.0, 0.5, 0.0]], dtype=torch.float64)
 OTHER = torch.tensor([[-3.0, 2.0, 5.0], [1.0, -6.0, 0.0]], dtype=torch.float64)
 FOLDED: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("lora", {"rank": 3}), "rslora": ("lora", {"rank": 3, "rslora": True}), "dora": ("lora", {"rank": 3, "dora": True}),
+    "rslora": ("lora", {"rank": 3, "rslora": True}), "dora": ("lora", {"rank": 3, "dora": True}),
     "pissa": ("lora", {"rank": 2, "init": "pissa"}), "ia3": ("ia3", {}), "bitfit": ("bitfit", {"add": True}),
     "layers": ("layers", {"last": 1}), "head": ("head", {"untie": True}), "lora on gpt2": ("lora", {"rank": 3}),
 }  # fmt: skip
@@ -214,20 +215,16 @@ def test_it_is_what_peft_makes_of_the_updates(start: Path, tmp_path: Path, metho
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), wanted, rtol=0, atol=5e-5)
 
 
-def test_dare_draws_by_seed_and_layer_alone(start: Path, two: list[Path], tmp_path: Path) -> None:
-    def made(seed: int, name: str) -> dict[str, torch.Tensor]:
-        posttrain.merge(two, tmp_path / name, weights=[1, 1], method="dare_linear", density=0.5, seed=seed)
-        return weights_of(tmp_path / name)
-
-    first, again, other = made(0, "a"), made(0, "b"), made(1, "c")
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    place = "model.layers.0.self_attn.q_proj.weight"
+def test_dare_draws_by_seed_and_layer_alone(two: list[Path]) -> None:
+    sources = [ModelSource(path=str(each)) for each in two]
+    mixes = [Mix(sources, [1, 1], "dare_linear", 0.5, seed) for seed in (0, 0, 1)]
+    layers = layers_of(mixes[0].load().lm.model)
+    first, again, other = ({path: mix.update(path, layers[path]) for path in order} for mix, order in zip(mixes, (layers, reversed(layers), layers), strict=True))
+    assert all(torch.equal(first[path], again[path]) for path in first)
+    place, below = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.q_proj"
     assert not torch.equal(first[place], other[place])
-    change = {name: first[name] - weights_of(start)[name] for name in first}
-    zeros = (change[place] == 0).double().mean()
-    assert 0.2 < zeros < 0.3, "a quarter is dropped from both"
-    masks = [change[f"model.layers.{layer}.self_attn.q_proj.weight"] == 0 for layer in (0, 1)]
-    assert not torch.equal(*masks)
+    assert not torch.equal(first[place] == 0, first[below] == 0)
+    assert 0.2 < (first[place] == 0).double().mean() < 0.3, "a quarter is dropped from both"
 
 
 def test_one_adapter_of_several_has_their_rank_and_loads_in_peft(start: Path, two: list[Path], tmp_path: Path) -> None:
@@ -249,9 +246,8 @@ def test_one_adapter_of_several_has_their_rank_and_loads_in_peft(start: Path, tw
         torch.testing.assert_close(cut[name], left[:, :2] * sizes[:2] @ right[:2], rtol=0, atol=1e-5)
     assert 0.01 < smaller.cut < 0.5
     assert smaller.difference > 0.1
-    sparse = posttrain.merge(two, tmp_path / "sparse", weights=[1, 1], method="ties", density=0.4, adapter=True, rank=48)
-    assert abs(sparse.cut) < 1e-6
-    assert sparse.difference < 1e-3, "of full rank nothing is lost"
+    sparse = Mix([ModelSource(path=str(each)) for each in two], [1, 1], "ties", 0.4)
+    assert abs(sparse.as_lora(sparse.load().lm.model, 48)[1]) < 1e-6, "of full rank nothing is cut off"
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -315,6 +311,46 @@ def test_different_chat_templates_are_not_mixed_without_a_word(start: Path, two:
     (tmp_path / "kept.jinja").write_text(tokenizer.chat_template)
     posttrain.merge([two[0], third], tmp_path / "out", weights=[1, 1], chat_template=tmp_path / "kept.jinja")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+# ---- on quantised weights
+
+
+def test_what_was_learned_on_codes_is_folded_into_what_they_stand_for(tmp_path: Path) -> None:
+    """GPT-2's matrices lie transposed, but for where they are codes; and two adapters stand on them, one on the other."""
+    lora = adapter(base(tmp_path / "gpt2", "gpt2"), tmp_path / "lora", 1, quantize="nf4", rank=2)
+    folder = adapter(lora, tmp_path / "both", 2, "ia3")
+    with pytest.raises(ModelError, match=r"learned on .* quantised to nf4.*--dequantize folds it.*--base MODEL"):
+        posttrain.merge(folder, tmp_path / "out")
+    told = posttrain.merge(folder, tmp_path / "out", dequantize=True)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(found), logits(load(folder).lm.model), rtol=0, atol=2e-5)
+    assert told.difference < 5e-5
+    assert not hasattr(found.config, "quantization_config")
+
+
+def test_a_base_that_is_named_takes_them_as_it_is(start: Path, tmp_path: Path) -> None:
+    folder = adapter(start, tmp_path / "adapter", 1, quantize="nf4", rank=2)
+    told = posttrain.merge(folder, tmp_path / "out", base=start)
+    wanted = weights_of(start)
+    for name, update in updates_of(folder).items():
+        wanted[name] = wanted[name] + update
+    for name, each in weights_of(tmp_path / "out").items():
+        torch.testing.assert_close(each, wanted[name], rtol=0, atol=1e-6)
+    assert told.difference > 0.1, "it is another function, and says so"
+    assert told.divergence > 1e-4
+
+
+def test_adapters_on_codes_are_mixed_on_them_or_on_what_they_stand_for(start: Path, tmp_path: Path) -> None:
+    parts = [adapter(start, tmp_path / f"{seed}", seed, quantize="nf4", rank=2) for seed in (1, 2)]
+    with pytest.raises(ModelError, match="--dequantize folds it"):
+        posttrain.merge(parts, tmp_path / "out", weights=[0.7, 0.3])
+    posttrain.merge(parts, tmp_path / "model", weights=[0.7, 0.3], dequantize=True)
+    posttrain.merge(parts, tmp_path / "adapter", weights=[0.7, 0.3], adapter=True)
+    wanted = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    torch.testing.assert_close(logits(load(tmp_path / "adapter").lm.model), wanted, rtol=0, atol=2e-5)
+    written = posttrain.export(parts[0], tmp_path / "peft", "peft")
+    assert written.difference < 2e-5, "peft is asked on the same codes"
 
 
 # ---- what is checked, and what is left where a check fails

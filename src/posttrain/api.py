@@ -12,6 +12,7 @@ from posttrain.pipeline.recipe import Recipe, built
 from posttrain.pipeline.run import Listener, Result
 from posttrain.pipeline.run import run as run_recipe
 from posttrain.tasks import Task
+from posttrain.tuners.merge import codes_of
 from posttrain.tuners.mix import Method, Mix
 
 if TYPE_CHECKING:
@@ -62,13 +63,15 @@ def merge(
     adapter: bool = False,
     rank: int | None = None,
     dtype: str | None = None,
+    dequantize: bool = False,
     seed: int = 0,
 ) -> "Written":
     """Folds an adapter folder, and those below it, into the model that they stand on; several LoRAs of one model by `weights`.
 
-    Writes a transformers folder to `out`; of several, with `adapter`, an adapter folder of `rank`. It is read back and compared;
-    what is returned says what was measured. Raises InputError for what cannot be merged, RunError where a check fails; then
-    nothing is at `out`.
+    Writes a transformers folder to `out`; of several, with `adapter`, an adapter folder of `rank`. What was learned on quantised
+    weights is folded into those that the codes stand for (`dequantize`), or into those of `base`. The result is read back and
+    compared; what is returned says what was measured. Raises InputError for what cannot be merged, RunError where a check
+    fails; then nothing is at `out`.
     """
     names = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     settings = {"base": base, "chat_template": chat_template}
@@ -81,7 +84,7 @@ def merge(
 
         from posttrain.compress.export import merge_several
 
-        return merge_several(mix, out, adapter, rank, dtype)
+        return merge_several(mix, out, adapter, rank, dtype, codes_of(sources[0], dequantize, adapter))
     if (method, density, adapter, rank) != ("linear", None, False, None):
         raise InputError("method, density, adapter and rank are of several adapters; one is folded in as it is: remove them")
     if sources[0].below() is None:
@@ -89,12 +92,12 @@ def merge(
 
     from posttrain.compress.export import merge as merge_one
 
-    return merge_one(sources[0], out, dtype)
+    return merge_one(sources[0], out, dtype, codes_of(sources[0], dequantize))
 
 
 def export(
     model: str | Path, out: str | Path, format: str = "folder", dtype: str | None = None, base: str | Path | None = None,
-    tokenizer: bool = True,
+    tokenizer: bool = True, dequantize: bool = False,
 ) -> "Written":  # fmt: skip
     """Writes a model for others: `folder` for transformers, adapters merged; `peft`, an adapter alone; `gguf`, for llama.cpp.
 
@@ -104,7 +107,7 @@ def export(
     from posttrain.compress.export import export as write
 
     source = ModelSource(path=str(model), base=None if base is None else str(base))
-    return write(source, out, format, dtype, tokenizer)
+    return write(source, out, format, dtype, tokenizer, codes_of(source, dequantize, format == "peft"))
 
 
 class Asked(Evaluation):

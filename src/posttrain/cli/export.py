@@ -21,6 +21,9 @@ def export(
     tokenizer: Annotated[
         bool, typer.Option("--tokenizer/--no-tokenizer", help="Of gguf: whether the tokenizer is in the file.")
     ] = True,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Of quantised models: take the weights that their codes stand for.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Write a model for other programs. What was written is read back and compared.
@@ -33,4 +36,4 @@ def export(
 
     with heavy_imports():
         import posttrain.compress.export  # noqa: F401
-    tell(write(model, out, form, dtype, base, tokenizer), as_json)
+    tell(write(model, out, form, dtype, base, tokenizer, dequantize), as_json)

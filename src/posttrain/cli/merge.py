@@ -26,6 +26,9 @@ def merge(
         str | None, typer.Option(help="float32, bfloat16 or float16; by default as the model below is stored.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides what dare drops.")] = 0,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Of quantised models: take the weights that their codes stand for.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Fold adapters into the model that they stand on. The folder is read back and compared.
@@ -41,7 +44,7 @@ def merge(
         raise InputError(f"method {method!r}: there is no such; take one of {', '.join(METHODS)}")
     with heavy_imports():
         import posttrain.compress.export  # noqa: F401
-    written = write(adapters, out, weight or None, method, density, base, chat_template, adapter, rank, dtype, seed)  # type: ignore[arg-type]
+    written = write(adapters, out, weight or None, method, density, base, chat_template, adapter, rank, dtype, dequantize, seed)  # type: ignore[arg-type]
     tell(written, as_json)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.compress import gguf
 from posttrain.compress.readback import (
@@ -33,35 +33,34 @@ from posttrain.models.load import Loaded, LoadedScalar, resolved, save, wrap
 from posttrain.models.reward import save_reward_model
 from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import PEFT, ModelSource
-from posttrain.tuners.below import folder_of, kind_of, refuse_unfoldable
+from posttrain.tuners.below import folder_of, kind_of, refuse_codes, refuse_unfoldable
 from posttrain.tuners.folder import WEIGHTS, save_adapter
-from posttrain.tuners.load import load, load_scalar
-from posttrain.tuners.merge import is_scalar, merged
+from posttrain.tuners.load import load
+from posttrain.tuners.merge import Codes, as_trained, is_scalar, merged
 from posttrain.tuners.mix import Mix
 
 FORMATS = ("folder", "peft", "gguf")
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def merge(source: ModelSource | str | Path, out: str | Path, dtype: str | None = None) -> Written:
+def merge(source: ModelSource | str | Path, out: str | Path, dtype: str | None = None, codes: Codes | None = None) -> Written:
     """Folds the adapters of a model into its weights, and writes it as a transformers folder, by default in the dtype of the
     model below.
 
-    Raises ModelError for what cannot be folded, InputError for an `out` that is there, RunError where a check fails; then nothing
-    is left at `out`.
+    codes: as for `tuners.merge.merged`. Raises ModelError for what cannot be folded, InputError for an `out` that is there,
+    RunError where a check fails; then nothing is left at `out`.
     """
     source, out = _exact(source), Path(out)
-    refuse_unfoldable(source)
     refuse_existing(out)
     chosen = _float(dtype, source)
-    apart = merged(source, apart=True)
-    want = said(apart.lm)
-    loaded = apart if source.below() is None else merged(source)
-    del apart
-    return _folder(loaded, want, out, chosen)
+    want, loaded = _said_and_merged(source, codes)
+    return _folder(loaded, want, out, chosen, same=codes != "before")
 
 
-def merge_several(mix: Mix, out: str | Path, adapter: bool = False, rank: int | None = None, dtype: str | None = None) -> Written:
+def merge_several(
+    mix: Mix, out: str | Path, adapter: bool = False, rank: int | None = None, dtype: str | None = None,
+    codes: Codes | None = None,
+) -> Written:  # fmt: skip
     """Writes the model that several LoRAs make together; with `adapter` one LoRA, of `rank`, on the model below them.
 
     What is measured of method linear is against the adapters side by side, folded into nothing; of the others, which are no sum,
@@ -70,15 +69,17 @@ def merge_several(mix: Mix, out: str | Path, adapter: bool = False, rank: int | 
     out, mix = Path(out), replace(mix, sources=[_exact(each) for each in mix.sources])
     mix.check()
     refuse_existing(out)
-    if adapter and dtype is not None:
-        raise InputError("dtype is of a merged model; an adapter is float32: remove it")
+    if adapter and (dtype is not None or codes is not None):
+        raise InputError("dtype and what becomes of codes are of a merged model; an adapter is float32, beside them: remove this")
     if rank is not None and not adapter:
         raise InputError("rank is of an adapter, and a merged model has none: remove it, or ask for an adapter")
+    if codes is None and not adapter:
+        refuse_codes(mix.sources[0])
     chosen = _float(dtype, mix.below)
-    want, loaded = _said_together(mix), mix.load()
+    want, loaded = _said_together(mix), mix.load(codes=codes != "before")
     if not adapter:
         mix.fold(loaded.lm.model)
-        return _folder(loaded, want, out, chosen)
+        return _folder(loaded, want, out, chosen, same=codes != "before")
     tuner, cut = mix.as_lora(loaded.lm.model, rank)
     held = said(loaded.lm)
     with staged(out) as stage:
@@ -91,6 +92,15 @@ def merge_several(mix: Mix, out: str | Path, adapter: bool = False, rank: int | 
         return replace(found, cut=cut)
 
 
+def _said_and_merged(source: ModelSource, codes: Codes | None) -> tuple[Tensor, Any]:
+    """(what the model says as it was trained, the model merged)"""
+    refuse_unfoldable(source)
+    if codes is None:
+        refuse_codes(source)
+    want = said(as_trained(source).lm)
+    return want, merged(source, codes)
+
+
 def _said_together(mix: Mix) -> Tensor:
     loaded = mix.load()
     if mix.method == "linear":
@@ -101,8 +111,9 @@ def _said_together(mix: Mix) -> Tensor:
 
 
 def export(
-    source: ModelSource | str | Path, out: str | Path, form: str = "folder", dtype: str | None = None, tokenizer: bool = True
-) -> Written:
+    source: ModelSource | str | Path, out: str | Path, form: str = "folder", dtype: str | None = None, tokenizer: bool = True,
+    codes: Codes | None = None,
+) -> Written:  # fmt: skip
     """Writes a model for others: `folder`, as `merge`; `peft`, an adapter as peft reads it; `gguf`, a file for llama.cpp.
 
     dtype: float32, bfloat16, float16; of gguf also q8_0, q5_1, q5_0, q4_1, q4_0. tokenizer=False leaves it out of a gguf file.
@@ -113,17 +124,20 @@ def export(
     if not tokenizer and form != "gguf":
         raise InputError("a tokenizer is left out of a gguf file alone; remove this")
     if form == "folder":
-        return merge(source, out, dtype)
+        return merge(source, out, dtype, codes)
     source, out = _exact(source), Path(out)
     refuse_existing(out)
     if form == "gguf":
-        return _gguf(source, out, dtype, tokenizer)
-    if dtype is not None:
-        raise InputError("dtype: a peft adapter is written as it was learned; remove it")
+        return _gguf(source, out, dtype, tokenizer, codes)
+    if dtype is not None or codes is not None:
+        raise InputError(
+            "dtype and what becomes of codes are of a merged model; an adapter is written as it was learned: remove this"
+        )
     return _peft(source, out)
 
 
-def _folder(loaded: Loaded | LoadedScalar, want: Tensor, out: Path, dtype: str) -> Written:
+def _folder(loaded: Loaded | LoadedScalar, want: Tensor, out: Path, dtype: str, same: bool) -> Written:
+    """same: whether it should say what the model said that `want` is of."""
     lm, stops = loaded.lm, stop_ids(loaded)
     exact = FLOATS[dtype]
     head = lm.head if isinstance(lm, ScalarLM) else None
@@ -144,7 +158,7 @@ def _folder(loaded: Loaded | LoadedScalar, want: Tensor, out: Path, dtype: str) 
             refuse_other_stops(stops, ids_of(again.lm.model.generation_config.eos_token_id), out)
         got = said(again.lm)
         refuse_far(held, got, out)
-        if dtype == "float32":
+        if dtype == "float32" and same:
             refuse_far(want, got, out)
         refuse_other_text(loaded.tokenizer, again.tokenizer, out)
         return report(out, stage, "folder", dtype, want, got, loaded.tokenizer, stops)
@@ -169,7 +183,7 @@ def _peft(source: ModelSource, out: Path) -> Written:
             f"{source.path}: stands on another adapter, which peft would leave out; merge that one first: {below.path}"
         )
     scores = is_scalar(source)
-    loaded = load_scalar(source, apart=True) if scores else load(source, apart=True)
+    loaded = as_trained(source)
     want = said(loaded.lm) - (loaded.lm.shift if isinstance(loaded.lm, ScalarLM) else 0.0)
     config = json.loads((folder / PEFT).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": str(below.folder() or below.path), "revision": below.revision}
@@ -187,27 +201,21 @@ def _said_by_peft(folder: Path, below: ModelSource, scores: bool, rows: list[lis
     """What peft's own model says of the rows: logits of all but the last of their tokens, or a score of each."""
     from peft import PeftModel
 
-    auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    options: dict[str, Any] = {"num_labels": 1} if scores else {}
-    base = auto.from_pretrained(str(below.folder() or below.path), revision=below.revision, dtype=torch.float32, **options)
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    loaded = plain.load_scalar(below, torch.nn.init.zeros_) if scores else plain.load(below)
+    model = PeftModel.from_pretrained(loaded.lm.model, str(folder)).eval()
     with torch.no_grad():
-        found = [model(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in rows]
+        found = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0].cpu() for row in rows]
     return torch.cat(found) if scores else torch.cat([each[-len(row) :][:-1] for each, row in zip(found, rows, strict=True)])
 
 
-def _gguf(source: ModelSource, out: Path, dtype: str | None, text: bool) -> Written:
+def _gguf(source: ModelSource, out: Path, dtype: str | None, text: bool, codes: Codes | None) -> Written:
     if out.suffix != ".gguf":
         raise InputError(f"{out}: format gguf is one file: name it with .gguf")
     if dtype is not None and dtype not in gguf.DTYPES:
         raise InputError(f"dtype {dtype!r}: a gguf file holds one of {', '.join(gguf.DTYPES)}")
-    refuse_unfoldable(source)
     if is_scalar(source):
         raise ModelError(f"{source.path}: is a reward model, and llama.cpp would not score with it; use format folder")
-    apart = load(source, apart=True)
-    want = said(apart.lm)
-    loaded = apart if source.below() is None else load(source)
-    del apart
+    want, loaded = _said_and_merged(source, codes)
     stops, chosen = stop_ids(loaded), dtype or _float(None, source)
     with staged(out, file=True) as stage:
         file = stage / out.name
@@ -217,7 +225,7 @@ def _gguf(source: ModelSource, out: Path, dtype: str | None, text: bool) -> Writ
             again = AutoModelForCausalLM.from_pretrained(str(stage), gguf_file=out.name, dtype=torch.float32)
         got = said(wrap(again.to(loaded.lm.device), ModelSource(path=str(stage))))
         refuse_far(held, got, out)
-        if chosen == "float32":
+        if chosen == "float32" and codes != "before":
             refuse_far(want, got, out)
         template, kept = gguf.told(file)
         refuse_other_stops(stops, kept, out)

@@ -9,6 +9,7 @@ from posttrain.errors import InputError
 from posttrain.models.source import ModelSource
 from posttrain.pipeline.libraries import heavy_imports
 from posttrain.pipeline.stage import Context, Metrics, Stage
+from posttrain.tuners.merge import codes_of
 from posttrain.tuners.mix import Method, Mix
 
 
@@ -34,6 +35,8 @@ class Merge(Stage, kind="merge"):
     magnitude_prune: of each the largest, summed."""
     density: float | None = Field(default=None, gt=0, le=1)
     """The share of each update that all methods but linear keep."""
+    dequantize: bool = False
+    """Of adapters that were learned on quantised weights: fold them into those that the codes stand for."""
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -66,7 +69,9 @@ class Merge(Stage, kind="merge"):
         out = context.folder / "model"
         shutil.rmtree(out, ignore_errors=True)  # of a run that ended just after it was written
         alone = len(sources) == 1 and self.adapters[0].weight is None
-        written = merge(sources[0], out) if alone else merge_several(self._mix(sources, context.seed), out)
+        codes = codes_of(sources[0], self.dequantize)
+        mix = self._mix(sources, context.seed)
+        written = merge(sources[0], out, codes=codes) if alone else merge_several(mix, out, codes=codes)
         for line in written.lines():
             context.say(line)
         return {"metrics": {}, "written": written.as_dict()}

@@ -62,16 +62,21 @@ class Mix:
                 f"{one} and {other} stand on different models, and an update means nothing on another's weights; where one was "
                 "only moved or renamed, name the model with `base`"
             )
+        if self.below.is_quantized() and self.below.below() is not None:
+            raise ModelError(
+                f"{self.below.path}: these adapters stand on one that stands on quantised weights; merge that one first, and "
+                "name the result with `base`"
+            )
 
-    def load(self) -> "Loaded":
-        """The model with all adapters in it, side by side."""
+    def load(self, codes: bool = True) -> "Loaded":
+        """The model with all adapters in it, side by side; `codes` as for `tuners.load.load`."""
         from posttrain.models.load import Loaded
         from posttrain.tuners.folder import inject, read, refuse_other_base
         from posttrain.tuners.load import load, tokenizer_of
 
         self.check()
         below = self.below
-        found = load(below)
+        found = load(below, codes=codes)
         for name, source in zip(self.names, self.sources, strict=True):
             refuse_other_base(about_adapter(folder_of(source)), folder_of(source), below)
             inject(found.lm.model, folder_of(source), read(folder_of(source)), name)
@@ -117,16 +122,19 @@ class Mix:
         )
 
     def fold(self, model: "PreTrainedModel") -> None:
-        """Folds them into the weights of the loaded model, rounded once."""
+        """Folds them into the weights of the loaded model, rounded once: of a quantised one, those that its codes stand for."""
         import torch
 
         from posttrain.tuners.injected import layers_of, remove
+        from posttrain.tuners.merge import as_built, dequantize
 
+        dequantize(model)
         for path, layer in layers_of(model).items():
             weight = layer.get_base_layer().weight
             with torch.no_grad():
                 weight.copy_(weight + self.update(path, layer))
         remove(model)
+        as_built(model)
 
     def as_lora(self, model: "PreTrainedModel", rank: int | None = None) -> tuple[LoRA, float]:
         """(the tuner of one adapter in their place, now in the model; the share of the update's square that its rank cuts off).
