@@ -339,6 +339,10 @@ def test_a_base_that_is_named_takes_them_as_it_is(start: Path, tmp_path: Path) -
         torch.testing.assert_close(each, wanted[name], rtol=0, atol=1e-6)
     assert told.difference > 0.1, "it is another function, and says so"
     assert told.divergence > 1e-4
+    both = adapter(folder, tmp_path / "both", 2, "ia3")  # in the same layers, one around the other
+    posttrain.merge(both, tmp_path / "scaled", dequantize=True)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "scaled")
+    torch.testing.assert_close(logits(found), logits(load(both).lm.model), rtol=0, atol=2e-5)
 
 
 def test_adapters_on_codes_are_mixed_on_them_or_on_what_they_stand_for(start: Path, tmp_path: Path) -> None:
