@@ -28,7 +28,7 @@ WORDS = "a the cat dog sat on mat log was is not good bad film story but and ver
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip
-SAYS: dict[str, Any] = {"vocab_size": len(CONTROLS) + len(WORDS), "pad_token_id": 0}
+SAYS: dict[str, Any] = {"vocab_size": 97, "pad_token_id": 0}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertConfig(**SHAPE, **SAYS),
     "roberta": lambda: RobertaConfig(**SHAPE, **SAYS, type_vocab_size=1),
