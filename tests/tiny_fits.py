@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import torch
 from example_batches import only
+from tiny_encoders import make as make_encoder
 from tiny_models import make, make_scalar
 from torch import nn
 
 from posttrain.data.stream import Stream
 from posttrain.models.actor_critic import ActorCritic, ValueHead
+from posttrain.models.heads import head_parameters
 from posttrain.models.lm import LM
 from posttrain.models.roles import Frozen, Roles
-from posttrain.models.scalar import ScalarLM
 from posttrain.training.fit import Learner, Training, annotated, fit
 from posttrain.training.updates import Item, Update
 from posttrain.tuners import Tuner, tuned
@@ -34,7 +35,10 @@ def build(name, dtype, tuner, moved=True, policy="lm"):
 
 @cache
 def _built(name, dtype, tuner, moved, policy):
-    lm = make_scalar(name, dtype) if policy == "scalar" else make(name, dtype)
+    if policy in MADE:
+        lm = MADE[policy](name, dtype)
+    else:
+        lm = make(name, dtype)
     _install(lm, tuner, moved)
     if policy == "critic":
         critic = make_scalar(name, dtype, seed=1)
@@ -48,6 +52,13 @@ def _built(name, dtype, tuner, moved, policy):
     return lm
 
 
+MADE = {  # models that are no language models
+    "scalar": make_scalar,
+    "classifier": lambda name, dtype="float32": make_scalar(name, dtype, num_labels=3),
+    "encoder": lambda _name, dtype="float32": make_encoder("bert", dtype, pad_token_id=None),
+}
+
+
 def _install(lm, tuner, moved):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -55,8 +66,8 @@ def _install(lm, tuner, moved):
         for key, parameter in tuned(lm.model).items():
             if moved and tuner != "full" and "lora_B" in key:
                 nn.init.normal_(parameter, std=0.1)
-    if isinstance(lm, ScalarLM):
-        lm.head.requires_grad_(True)
+    for parameter in head_parameters(lm.model).values():
+        parameter.requires_grad_(True)
 
 
 def built_for(example, name, dtype, tuner):

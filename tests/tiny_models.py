@@ -85,7 +85,7 @@ def make(name: str, dtype: str = "float32", layout: str = "auto", seed: int = 0,
 
 def make_scalar(name: str, dtype: str = "float32", layout: str = "auto", seed: int = 0, **changes: Any) -> ScalarLM:
     """A ScalarLM as `load_scalar` would give it."""
-    model = transformer(name, dtype, seed, AutoModelForSequenceClassification, num_labels=1, **changes)
+    model = transformer(name, dtype, seed, AutoModelForSequenceClassification, **{"num_labels": 1, **changes})
     return wrap_scalar(model, ModelSource(path="tiny", dtype=dtype, layout=layout))
 
 

@@ -86,9 +86,9 @@ class Case:
 
     def tuner(self, name):
         settings = dict(self.settings)
-        if self.kind == "bitfit" and name != "gpt2":
+        if self.kind == "bitfit" and name not in {"gpt2", "bert"}:
             settings["add"] = True
-        if self.kind == "head" and name == "qwen3":
+        if self.kind == "head" and name in {"qwen3", "bert"}:
             settings["untie"] = False
         return Tuner.lookup(self.kind)(**settings)
 

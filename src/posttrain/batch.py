@@ -329,6 +329,22 @@ class Stepped(Answers):
         return Stepped(self.seqs.select(rows), self.right[self.seqs.trained_tokens(rows)])
 
 
+@dataclass(frozen=True, slots=True)
+class Classified(Answers):
+    """Texts with what is to be said of each: the number of its class, or a number (K = 1); 0 or 1 for each of K labels."""
+
+    target: Float[Tensor, "B K"]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence["RenderedRow"]) -> "Classified":
+        target = torch.tensor([row.numbers for row in rows], dtype=torch.float32)
+        return cls(Sequences.of([row.sequences[0] for row in rows]), target)
+
+    def select(self, rows: Sequence[int]) -> "Classified":
+        rows = sorted(rows)
+        return Classified(self.seqs.select(rows), self.target[rows])
+
+
 def _columns(rows: Sequence["RenderedRow"], count: int) -> list[Float[Tensor, " B"]]:
     """The numbers of rows that have `count` each, number by number."""
     table = torch.tensor([row.numbers for row in rows], dtype=torch.float32).reshape(len(rows), count)

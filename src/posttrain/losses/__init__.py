@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.losses.aggregate import sequence_means, sequence_sums
+    from posttrain.losses.classes import binary_cross_entropy, cross_entropy, squared_error
     from posttrain.losses.credit import gae, group_advantages, whiten
     from posttrain.losses.kl import adaptive_kl, kl_k1, kl_k2, kl_k3
     from posttrain.losses.policy_gradient import clipped_surrogate, clipped_value
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 _HOME = {
     "sequence_means": "aggregate",
     "sequence_sums": "aggregate",
+    "binary_cross_entropy": "classes",
+    "cross_entropy": "classes",
+    "squared_error": "classes",
     "gae": "credit",
     "group_advantages": "credit",
     "whiten": "credit",
@@ -94,11 +98,13 @@ __all__ = [
     "apo_down",
     "apo_zero",
     "bco",
+    "binary_cross_entropy",
     "bradley_terry",
     "centring",
     "choice",
     "clipped_surrogate",
     "clipped_value",
+    "cross_entropy",
     "discopop",
     "dpo",
     "dpop",
@@ -128,6 +134,7 @@ __all__ = [
     "sequence_sums",
     "simpo",
     "sppo",
+    "squared_error",
     "whiten",
     "wpo_weight",
 ]

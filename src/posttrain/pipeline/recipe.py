@@ -14,6 +14,7 @@ from posttrain.component import Component, Settings, did_you_mean
 from posttrain.data.source import StageRows
 from posttrain.errors import InputError, RecipeError
 from posttrain.models.source import ModelSource
+from posttrain.pipeline import classes as classes  # whose stage is registered with it
 from posttrain.pipeline.stage import Stage, parts, references
 from posttrain.pipeline.stages import Create, Evaluate, Train
 from posttrain.pipeline.vary import expand

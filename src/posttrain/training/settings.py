@@ -1,5 +1,6 @@
 """The sections of a training stage that say how long, how much at a time, and what is kept."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -10,10 +11,11 @@ from posttrain.data.format import detect
 from posttrain.errors import RecipeError
 from posttrain.evaluation import Evaluation
 from posttrain.models.source import ModelSource, refuse_other_tokens
-from posttrain.objectives import Objective, OnPolicy
+from posttrain.objectives import Objective, OnPolicy, RewardObjective
 from posttrain.rl import Rollout
 from posttrain.sampling import InProcess, Sampler
 from posttrain.tasks import Task
+from posttrain.text import Row
 from posttrain.training.optim import AdamW, Optimizer
 from posttrain.tuners import Full, Tuner
 from posttrain.tuners.below import folds
@@ -255,7 +257,7 @@ class TrainSettings(Settings):
                 f"reference.refresh: the reference would follow from where the policy begins, and under tuner {self.tuner.kind} "
                 "that is not the model that the stage starts from; remove `refresh`"
             )
-        if self.normalise is not None and not self.objective.scores:
+        if self.normalise is not None and not isinstance(self.objective, RewardObjective):
             raise ValueError(f"objective {kind} trains no reward model; remove the section `normalise`")
         if self.normalise is not None and self.objective.reads == "Stepped":
             raise ValueError(f"objective {kind} scores steps by the log-odds that they are right; remove the section `normalise`")
@@ -283,6 +285,11 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
+        self.refuse_unmeasured()
+        return self
+
+    def refuse_unmeasured(self) -> None:
+        """Raises ValueError where the best weights are to be chosen by what is not measured."""
         plan = self.validation
         known = []
         if plan.task is not None:
@@ -299,7 +306,15 @@ class TrainSettings(Settings):
             raise ValueError(f"validation.best: {plan.best!r} is not measured; {found}")
         if plan.patience is not None and plan.best is None:
             raise ValueError("validation.patience: needs validation.best, the metric that must improve")
-        return self
+
+    def settled(self, rows: Sequence[Row]) -> Self:
+        """With what its objective finds in the rows that it learns from. Raises RecipeError where something no longer fits."""
+        found = self.model_copy(update={"objective": self.objective.settled(rows)})
+        try:
+            found.refuse_unmeasured()
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        return found
 
     @property
     def measures_nll(self) -> bool:
@@ -353,6 +368,7 @@ class TrainSettings(Settings):
             if form.makes.isdisjoint(wanted):
                 fitting = "pretrain" if form.kind == "text" else "sft"
                 hint = f"; use objective {fitting}" if form.kind in {"text", "messages", "prompt_completion"} else ""
+                hint = "; name it: data.format: classified" if "Classified" in wanted else hint
                 raise RecipeError(
                     f"{first.where}: format {form.kind} gives nothing that objective {objective.kind} learns from{hint}"
                 )

@@ -42,7 +42,10 @@ class InPlace(Tuner):
         """Nothing to fold: the weights are the model's own."""
 
     def state(self, model: "PreTrainedModel") -> "dict[str, Tensor]":
-        return {name: each.detach() for name, each in tuned(model).items() if name != "score.weight"}  # kept under any tuner
+        from posttrain.models.heads import head_parameters
+
+        kept = head_parameters(model)  # under any tuner
+        return {name: each.detach() for name, each in tuned(model).items() if name not in kept}
 
 
 def own_parameters(model: "PreTrainedModel") -> "dict[str, nn.Parameter]":

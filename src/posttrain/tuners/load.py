@@ -7,10 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from posttrain.models import classifier
 from posttrain.models import load as plain
+from posttrain.models.classifier import LoadedClassifier
 from posttrain.models.load import Loaded, LoadedScalar
 from posttrain.models.source import ModelSource
-from posttrain.tuners.folder import has_score, load_adapter
+from posttrain.text import Classes
+from posttrain.tuners.folder import classes_in, has_score, load_adapter
 
 
 def load(source: ModelSource | str | Path) -> Loaded:
@@ -38,6 +41,23 @@ def load_scalar(source: ModelSource | str | Path, fresh: Callable[[Tensor], Any]
     if "reward_shift" in known:
         found.lm.shift = float(known["reward_shift"])
     return LoadedScalar(found.lm, _tokenizer(source, found.tokenizer))
+
+
+def load_classifier(
+    source: ModelSource | str | Path, fresh: Callable[[Tensor], Any] | None = None, classes: Classes | None = None,
+    new_head: bool = False,
+) -> LoadedClassifier:  # fmt: skip
+    """A model that says what texts are, in the same ways. Settings as for `models.classifier.load_classifier`."""
+    source = plain.resolved(source)
+    below = source.below()
+    if below is None:
+        return classifier.load_classifier(source, fresh, classes, new_head)
+    own = None if new_head else classes_in(_folder(source))
+    if own is not None and classes is not None:
+        classifier.refuse_other_classes(str(source.path), own, classes)
+    found = load_classifier(below, nn.init.zeros_ if own else fresh, classes or own, new_head or own is not None)
+    load_adapter(found.lm.model, _folder(source), below, new_head)
+    return LoadedClassifier(found.lm, _tokenizer(source, found.tokenizer))
 
 
 def _folder(source: ModelSource) -> Path:
