@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from posttrain.losses.aggregate import sequence_means, sequence_sums
     from posttrain.losses.credit import gae, group_advantages, whiten
+    from posttrain.losses.distillation import logit_gap, vocabulary_kl
     from posttrain.losses.kl import adaptive_kl, kl_k1, kl_k2, kl_k3
     from posttrain.losses.policy_gradient import clipped_surrogate, clipped_value
     from posttrain.losses.preference import (
@@ -48,6 +49,8 @@ _HOME = {
     "gae": "credit",
     "group_advantages": "credit",
     "whiten": "credit",
+    "logit_gap": "distillation",
+    "vocabulary_kl": "distillation",
     "adaptive_kl": "kl",
     "kl_k1": "kl",
     "kl_k2": "kl",
@@ -117,6 +120,7 @@ __all__ = [
     "kto",
     "labelled",
     "log_odds_of_mean",
+    "logit_gap",
     "nca",
     "orpo",
     "psi_identity",
@@ -128,6 +132,7 @@ __all__ = [
     "sequence_sums",
     "simpo",
     "sppo",
+    "vocabulary_kl",
     "whiten",
     "wpo_weight",
 ]

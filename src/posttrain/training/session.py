@@ -275,7 +275,7 @@ def export(settings: TrainSettings, session: Session, policy: Any, template: Tem
         session.facts["normalised"] = bring_to_zero(settings, policy, template, rows)
     if isinstance(policy, ScalarLM):
         policy.model.config.reward_shift = policy.shift
-    folded = settings.tuner.merges and folds(settings.model)
+    folded = settings.tuner.folds_in and folds(settings.model)
     if folded and settings.tuner.stores:
         save_adapter(settings.tuner, policy.model, session.folder / "adapter", settings.model)
     if folded:
@@ -287,7 +287,7 @@ def export(settings: TrainSettings, session: Session, policy: Any, template: Tem
     write(policy, settings.tuner, settings.model, folded, template, session.folder / "model")
     if settings.critic is not None and not settings.critic.shared:
         source, tuner = settings.critic.model or settings.model, settings.critic.tuner
-        if folded := tuner.merges and folds(source):
+        if folded := tuner.folds_in and folds(source):
             tuner.merge(policy.critic.model)
         write(policy.critic, tuner, source, folded, template, session.folder / "critic")
 

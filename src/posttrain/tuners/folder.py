@@ -41,7 +41,7 @@ def save_adapter(tuner: Tuner, model: PreTrainedModel, folder: Path, base: Model
     if scores(model):
         state[_score(tuner.peft_type)] = head_of(model).weight.detach().cpu().contiguous()
         known["reward_shift"] = float(getattr(model.config, "reward_shift", None) or 0.0)
-    save_file(state, folder / WEIGHTS)
+    save_file(state, folder / WEIGHTS, metadata=tuner.header(model, known))
     config = tuner.peft_config(model)
     if config is not None:
         config.base_model_name_or_path, config.revision, config.inference_mode = base.path, base.revision, True
@@ -94,8 +94,7 @@ def _put_in(
         assert peft is not None
         tuner = kind.from_peft(peft)
     with torch.random.fork_rng():
-        tuner.install(model)
-    tuner.restore(model, state)
+        tuner.install_stored(model, state)
 
 
 def _inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], exact: bool) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from posttrain.models.source import ModelSource
+
 
 class Tuner(Component):
     """Which parameters move, and how the result is stored."""
@@ -22,6 +24,8 @@ class Tuner(Component):
     """Whether the result can be folded into the model's own weights. If not, a stage's model is an adapter folder."""
     stores: ClassVar[bool] = True
     """Whether what it learns is a file of its own, smaller than the model."""
+    kept_apart: ClassVar[bool] = False
+    """Whether a stage's model is an adapter folder although the result could be folded in: its point is to be small."""
     begins_apart: ClassVar[bool] = False
     """Whether the model is another as soon as the tuner is there, before anything is learned."""
     peft_type: ClassVar[str | None] = None
@@ -33,6 +37,14 @@ class Tuner(Component):
     def reversible(self) -> bool:
         """Whether switching the tuner off gives back the model that it was installed into."""
         return False
+
+    @property
+    def folds_in(self) -> bool:
+        """Whether a stage folds the result into its model."""
+        return self.merges and not self.kept_apart
+
+    def check(self, model: "ModelSource") -> None:
+        """Raises InputError for what cannot stand on this model, before weights are read."""
 
     def install(self, model: "PreTrainedModel") -> None:
         """Adds what the tuner needs and leaves `requires_grad` on exactly what it trains. Draws come from torch's generator.
@@ -65,6 +77,16 @@ class Tuner(Component):
         with torch.no_grad():
             for name, place in places.items():
                 place.copy_(state[name])
+
+    def install_stored(self, model: "PreTrainedModel", state: "Mapping[str, Tensor]") -> None:
+        """`install` with what an adapter's file holds. Raises ModelError where it does not fit."""
+        self.install(model)
+        self.restore(model, state)
+
+    def header(self, model: "PreTrainedModel", base: "Mapping[str, Any]") -> dict[str, str] | None:
+        """What the file says of itself, for those that are used without their folder. base: what the folder says of the model
+        below: its `base` and the hash of its `weights`."""
+        return None
 
     def peft_config(self, model: "PreTrainedModel") -> "PeftConfig | None":
         """What peft needs to load the file; None where peft does not know such a tuner."""
