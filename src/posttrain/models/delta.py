@@ -1,8 +1,8 @@
 """A fine-tuned model as its difference from a base model: one sign a weight and one scale a matrix; arXiv 2402.10193.
 
-Each matrix of the blocks has a small module hung onto its layer, which adds scale * S x to what the layer gives; the base's weights
-stay what they are. What else differs (embeddings, head, norms, biases) is held whole, in 16 bits, and stands in the place of the
-base's while the difference is active. A model may hold several differences from it, of which one or none is active.
+Each matrix of the blocks has a small module hung onto its layer, which adds scale * S x to what the layer gives; the base's
+weights stay what they are. What else differs (embeddings, head, norms, biases) is held whole, in 16 bits, and stands in the place
+of the base's while the difference is active. A model may hold several differences, of which one or none is active.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,7 @@ AT_A_TIME = {"cpu": 1 << 20, "cuda": 1 << 24}  # signs that are unpacked at a ti
 
 
 def packed(signs: Float[Tensor, "O I"]) -> Int[Tensor, "O words"]:
-    """Of each number one bit, 1 where it is not negative: bit k of word w is that of input 32 w + k. Bits beyond the inputs are 0."""
+    """Of each number one bit, 1 where it is not negative: bit k of word w is that of input 32 w + k. Bits beyond them are 0."""
     bits = nn.functional.pad((signs >= 0).int(), (0, -signs.shape[1] % WORD)).unflatten(1, (-1, WORD))
     places = torch.arange(WORD, dtype=torch.int32, device=signs.device)
     return (bits << places).sum(-1, dtype=torch.int32)
@@ -180,41 +180,33 @@ class Delta:
         layers, made = matrices(base), matrices(fine)
         with torch.no_grad():
             parts = {path: form(dense(made[path], base) - dense(layers[path], base)) for path in layers}
-            rest = {name: (each, theirs[name].to(each.device)) for name, each in ours.items() if name.removesuffix(".weight") not in layers}
-            whole = {name: in_16_bits(new.detach()) for name, (old, new) in rest.items() if not torch.equal(old.to(new.dtype), new)}
+            whole = {}
+            for name, old in ours.items():
+                new = theirs[name].detach().to(old.device)
+                if name.removesuffix(".weight") not in layers and not torch.equal(old.to(new.dtype), new):
+                    whole[name] = in_16_bits(new)
         return cls(parts, whole)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], base: PreTrainedModel) -> "Delta":
         """What `tensors` gave, for a base of the same shapes. Raises ModelError where it does not fit."""
         left, parts = dict(tensors), {}
-        kind = wide(torch.empty(0, dtype=base.dtype)).dtype
         for path, layer in matrices(base).items():
-            outputs, inputs = dense_shape(layer)
-            found = {name: left.pop(f"{path}.{NAME}.{name}", None) for name in ("scale", "signs", "up", "down")}
-            given = {name: each.to(layer.weight.device) for name, each in found.items() if each is not None}
-            if "scale" not in given:
+            given = {name: left.pop(f"{path}.{NAME}.{name}", None) for name in ("scale", "signs", "up", "down")}
+            here = {name: each.to(layer.weight.device) for name, each in given.items() if each is not None}
+            if not here:
                 raise ModelError(f"the delta lacks {path}: it was made for another base, or its file is not whole")
-            scale = given["scale"].to(kind)
-            fits = scale.ndim == 0
-            if set(given) == set(Signs.stored):
-                fits = fits and given["signs"].shape == Signs.shapes(outputs, inputs)["signs"] and given["signs"].dtype == torch.int32
-                part: Part = Signs(given["signs"], scale, inputs)
-            elif set(given) == set(LowRank.stored):
-                up, down = given["up"], given["down"]
-                fits = fits and up.ndim == down.ndim == 2 and (len(up), down.shape[1]) == (outputs, inputs) and up.shape[1] == len(down)
-                part = LowRank(up, down, scale)
-            else:
-                raise ModelError(f"the delta holds {', '.join(sorted(given))} for {path}, which is no known form")
-            if not fits:
-                raise ModelError(f"{path} is {outputs} x {inputs} in this base, and of another shape in the delta: wrong base")
-            parts[path] = part
+            try:
+                parts[path] = _part(here, *dense_shape(layer), wide(layer.weight[:0]).dtype)
+            except ModelError as error:
+                raise ModelError(f"{path}: {error}") from None
         own = parameters(base)
         for name, value in left.items():
             if name not in own or name.removesuffix(".weight") in parts:
                 raise ModelError(f"the delta holds {name}, which this base has no place for: it was made for another one")
             if value.shape != own[name].shape:
-                raise ModelError(f"{name} is {tuple(value.shape)} in the delta and {tuple(own[name].shape)} in the base: wrong base")
+                shapes = f"{tuple(value.shape)} in the delta and {tuple(own[name].shape)} in the base"
+                raise ModelError(f"{name} is {shapes}: it was made for another one")
         return cls(parts, left)
 
     @property
@@ -228,8 +220,24 @@ class Delta:
         return found | self.whole
 
 
+def _part(given: Mapping[str, Tensor], outputs: int, inputs: int, kind: torch.dtype) -> Part:
+    """From its tensors, for a matrix [outputs, inputs]. Raises ModelError where they are not those of one."""
+    if set(given) == set(Signs.stored):
+        fits = {name: tuple(each.shape) for name, each in given.items()} == Signs.shapes(outputs, inputs)
+        if fits and given["signs"].dtype == torch.int32:
+            return Signs(given["signs"], given["scale"].to(kind), inputs)
+    elif set(given) == set(LowRank.stored):
+        up, down = given["up"], given["down"]
+        rank = up.shape[-1] if up.ndim else 0
+        if (given["scale"].shape, up.shape, down.shape) == ((), (outputs, rank), (rank, inputs)):
+            return LowRank(up, down, given["scale"].to(kind))
+    else:
+        raise ModelError(f"the delta holds {', '.join(sorted(given))} of it, which is no known form: its file is not whole")
+    raise ModelError(f"is {outputs} x {inputs} in this base, and of another shape in the delta: it was made for another one")
+
+
 def matrices(model: PreTrainedModel) -> dict[str, Any]:
-    """The linear layers of the blocks by path, GPT-2's transposed ones among them; without the vocabulary head and score heads."""
+    """The linear layers of the blocks by path, GPT-2's transposed ones among them; without vocabulary and score heads."""
     head, inside = model.get_output_embeddings(), model.base_model
     prefix = "" if inside is model else f"{model.base_model_prefix}."
     return {
@@ -240,8 +248,8 @@ def matrices(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """A model's parameters, tied ones once: without the scales of differences, and without a score head, which is trained beside
-    any tuner and kept with what it scores for."""
+    """A model's parameters, tied ones once; without scales of differences, and without a score head, which is trained beside any
+    tuner and kept with it."""
     own = ((name.replace(".base_layer.", "."), each) for name, each in model.named_parameters())
     return {name: each for name, each in own if f".{NAME}." not in name and name != "score.weight"}
 
@@ -313,7 +321,7 @@ def switch(model: PreTrainedModel, name: str | None) -> None:
         for path, part in delta.parts.items():
             host = _host(model, path)
             host.add_module(NAME, part)
-            part.handle = host.register_forward_hook(_with_delta, prepend=True)  # adapters get what the layer gives
+            part.handle = host.register_forward_hook(_with_delta, prepend=True)  # before adapters, which read what it gives
         for key, value in delta.whole.items():
             now.base[key], own[key].data = own[key].data, value.to(own[key].device, own[key].dtype, copy=True)
 
@@ -342,7 +350,7 @@ def switched(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 
 
 def merge(model: PreTrainedModel) -> None:
-    """Folds the active difference into the model's own weights, for good; rounded once, from float32. The others are let go of."""
+    """Folds the active difference into the model's own weights, for good; rounded once, from float32. Others are let go of."""
     delta = active(model)
     assert delta is not None, "there is nothing to fold in"
     own = parameters(model)

@@ -31,18 +31,19 @@ def header(delta: Delta, model: PreTrainedModel, base: Mapping[str, Any]) -> dic
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(what the file says of itself, its tensors); of an adapter folder its file. Raises ModelError for what is no whole delta."""
+    """(what the file says of itself, its tensors); of an adapter folder that in it. Raises ModelError for no whole delta."""
     file = path / IN_FOLDER if path.is_dir() else path
     if not file.is_file():
-        raise ModelError(f"{named(path)}: no such file; `posttrain delta FINE BASE --out {path.name}` makes one")
+        raise ModelError(f"{named(path)}: no such file; make one with `posttrain delta FINE BASE`")
     try:
         with safe_open(file, framework="pt") as stored:
             about = json.loads((stored.metadata() or {}).get(KEY, "null"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()} if about else {}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"{named(file)}: cannot be read: {str(error).splitlines()[0]}; the file is not whole, or no delta") from None
+        first = str(error).splitlines()[0]
+        raise ModelError(f"{named(file)}: cannot be read: {first}; the file is not whole, or no delta") from None
     if not isinstance(about, dict):
-        raise ModelError(f"{named(file)}: is no delta: its header does not say what it is of; make one with `posttrain delta`")
+        raise ModelError(f"{named(file)}: is no delta: its header does not say of what; make one with `posttrain delta`")
     if about.get("format") != FORMAT:
         raise ModelError(f"{named(file)}: is of format {about.get('format')}, made with a newer posttrain; update this one")
     return about, tensors
@@ -60,9 +61,9 @@ def add_file(model: PreTrainedModel, path: Path, name: str, base: ModelSource) -
     for where, layer in matrices(model).items():
         wanted = about.get("shapes", {}).get(where)
         if wanted is None or tuple(wanted) != dense_shape(layer):
-            shown = "lacks it" if wanted is None else f"has it as {' x '.join(map(str, wanted))}"
+            shown = "is not in the delta" if wanted is None else f"{' x '.join(map(str, wanted))} in the delta"
             shape = " x ".join(map(str, dense_shape(layer)))
-            raise ModelError(f"{named(path)}: {where} is {shape} in {base.path}, and the delta {shown}: it was made on another model")
+            raise ModelError(f"{named(path)}: {where} is {shape} in {base.path} and {shown}: it was made on another model")
     try:
         with torch.no_grad():
             add(model, Delta.of_tensors(tensors, model), name)

@@ -76,8 +76,8 @@ class LM(Backbone):
         return self.token_sum(seqs, lambda logp, part: weight[part] * logp, temperature)
 
     def over_vocab(self, seqs: Sequences, fn: Callable[..., Tensor], *beside: Tensor) -> Tensor:
-        """fn(logits of a chunk of trained tokens, their target ids, their rows of each of `beside`) -> per-token values; recomputed
-        in the backward."""
+        """fn(logits of a chunk of trained tokens, their target ids, their rows of each of `beside`) -> per-token values;
+        recomputed in the backward."""
         states = self.hidden(seqs)
 
         def chunk(rows: Tensor, *more: Tensor) -> Tensor:

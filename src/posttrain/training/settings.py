@@ -246,7 +246,7 @@ class TrainSettings(Settings):
         if self.critic is not None and "critic" not in self.objective.trains:
             raise ValueError(f"objective {kind} trains no critic; remove the section `critic`")
         if "teacher" in self.objective.needs and self.teacher is None:
-            raise ValueError(f"objective {kind} learns from another model: add the section `teacher`, such as teacher: {{path: ...}}")
+            raise ValueError(f"objective {kind} learns from another model: add `teacher`, a model of the same tokenizer")
         if self.teacher is not None and "teacher" not in self.objective.needs:
             raise ValueError(f"objective {kind} learns from no other model; remove the section `teacher`")
         if self.reference != Reference() and "reference" not in self.objective.needs:
@@ -320,8 +320,8 @@ class TrainSettings(Settings):
         self.optim.check(self.model)
         if self.critic is not None:
             self.critic.optim.check(self.critic.model or self.model)
-        beside = {"reference": self.reference.model, "teacher": self.teacher, "critic": self.critic.model if self.critic else None}
-        for role, source in beside.items():
+        critic = self.critic.model if self.critic is not None else None
+        for role, source in {"reference": self.reference.model, "teacher": self.teacher, "critic": critic}.items():
             if source is not None:
                 source.check()
                 refuse_other_tokens(role, source, self.model)

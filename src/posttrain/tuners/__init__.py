@@ -8,4 +8,6 @@ from posttrain.tuners.lora import LoRA
 from posttrain.tuners.soft import Prefix, Prompt, PTuning
 from posttrain.tuners.tuner import Tuner, tuned
 
-__all__ = ["IA3", "Adapter", "BitFit", "DeltaScale", "Full", "Head", "Layers", "LoRA", "PTuning", "Prefix", "Prompt", "Tuner", "tuned"]
+__all__ = [
+    "IA3", "Adapter", "BitFit", "DeltaScale", "Full", "Head", "Layers", "LoRA", "PTuning", "Prefix", "Prompt", "Tuner", "tuned",
+]  # fmt: skip

@@ -52,12 +52,12 @@ class DeltaScale(Tuner, kind="delta_scale"):
 
         if self.of is None:
             if model.path is not None and not ((folder := model.folder()) is not None and is_adapter(folder)):
-                raise RecipeError(f"tuner.of: is missing, and {model.path} has no delta whose scales could move; name a fine-tuned model")
+                raise RecipeError(f"tuner.of: {model.path} has no delta whose scales could move; name a fine-tuned model")
             return
         self.of.check()
         refuse_other_tokens("tuner.of", self.of, model)
         if self.of.path is not None and not folds(self.of):
-            raise RecipeError(f"tuner.of: {self.of.path} cannot be folded into weights, so that it has no difference of weights")
+            raise RecipeError(f"tuner.of: {self.of.path} cannot be folded into weights, and a delta is a difference of weights")
 
     def install(self, model: "PreTrainedModel") -> None:
         from posttrain.models import delta
@@ -65,12 +65,13 @@ class DeltaScale(Tuner, kind="delta_scale"):
 
         found = delta.active(model)
         if self.of is None and found is None:
-            raise RecipeError("tuner delta_scale: this model has no delta whose scales could move; name a fine-tuned model as `of`")
+            raise RecipeError("tuner.of: this model has no delta whose scales could move; name a fine-tuned model")
         if self.of is not None:
             if found is not None or layers_of(model):
+                kept = "a delta" if found is not None else "adapters"
                 raise RecipeError(
-                    "tuner delta_scale: this model is no model of weights alone, but has "
-                    f"{'a delta' if found is not None else 'adapters'} in it; leave out `of` to go on with a delta, or merge first"
+                    f"tuner.of: this model has {kept} in it, and a delta is a difference of weights; leave out `of` to go on "
+                    "with a delta, or take a model whose adapters are merged"
                 )
             try:
                 found = delta.Delta.between(model, load_weights(self.of, model), self._form)
@@ -122,11 +123,9 @@ class DeltaScale(Tuner, kind="delta_scale"):
 
         places = self.state(model)
         refuse_misfit(state, {name: each.shape for name, each in places.items()})
-        now = delta.held(model).active
-        with torch.no_grad(), delta.switched(model, None):
+        with torch.no_grad(), delta.switched(model, None):  # what is kept whole is read when it is switched on
             for name, place in places.items():
                 place.copy_(state[name])
-        assert delta.held(model).active == now
 
     def header(self, model: "PreTrainedModel", base: Mapping[str, Any]) -> dict[str, str] | None:
         from posttrain.models.delta_file import header

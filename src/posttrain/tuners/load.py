@@ -59,7 +59,7 @@ def load_weights(source: ModelSource, like: PreTrainedModel) -> PreTrainedModel:
     try:
         kind = AutoConfig.from_pretrained(name, revision=source.revision).model_type
         if kind != like.config.model_type:
-            raise ModelError(f"{source.path}: is a {kind} model, and the base is of {like.config.model_type}: another architecture")
+            raise ModelError(f"{source.path}: is a {kind} model and not of the base's architecture, {like.config.model_type}")
         found, report = type(like).from_pretrained(
             name, revision=source.revision, dtype=plain.DTYPES[source.dtype], use_safetensors=True, output_loading_info=True
         )
