@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tiny_models import VOCABULARY
 
-from posttrain.batch import Classified, Labelled, Pairs, Ranked, Rollouts, Sequences, Stepped, Valued
+from posttrain.batch import Classified, Labelled, Pairs, Ranked, Rollouts, Sequences, Stepped, Taught, Valued
 from posttrain.models.actor_critic import ActorCritic
 from posttrain.models.lm import LM
 from posttrain.objectives import Objective
@@ -82,6 +82,10 @@ def rows(seed: int = 0, other: int = 0, lengths: tuple[int, ...] = (3, 9, 5)) ->
 
 def sequences(_lm: LM) -> Sequences:
     return Sequences.of(rows())
+
+
+def taught(_lm: LM) -> Taught:
+    return Taught(Sequences.of(rows()))
 
 
 def weighted(_lm: LM) -> Sequences:
@@ -190,6 +194,7 @@ EXAMPLES = [
     Example("sft", {}, sequences),
     Example("sft", {}, weighted),
     Example("pretrain", {}, sequences),
+    Example("match_logits", {}, taught),
     Example("grpo", {"aggregate": "sequence"}, rollouts),
     Example("grpo", {"aggregate": "token", "clip_high": 0.28}, rollouts),
     Example("grpo", {"aggregate": "sequence", "kl": 0.3}, rollouts),

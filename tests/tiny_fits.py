@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from example_batches import only
 from tiny_encoders import make as make_encoder
-from tiny_models import make, make_scalar
+from tiny_models import fine, make, make_scalar
 from torch import nn
 
 from posttrain.data.stream import Stream
@@ -24,7 +24,7 @@ TUNERS = {"full": {}, "lora": {"rank": 3, "alpha": 5.0}}  # everything is tried 
 OTHERS = {
     "layers": {"last": 1, "rate_decay": 0.5, "unfreeze": 0.5}, "head": {"untie": True}, "bitfit": {"add": True}, "ia3": {},
     "adapter": {"size": 4, "deviation": 0.05}, "prompt": {"tokens": 3}, "p_tuning": {"tokens": 3, "at": [0, 1]},
-    "prefix": {"tokens": 3, "projection": 5},
+    "prefix": {"tokens": 3, "projection": 5}, "delta_scale": {},
 }  # fmt: skip
 
 
@@ -35,14 +35,11 @@ def build(name, dtype, tuner, moved=True, policy="lm"):
 
 @cache
 def _built(name, dtype, tuner, moved, policy):
-    if policy in MADE:
-        lm = MADE[policy](name, dtype)
-    else:
-        lm = make(name, dtype)
-    _install(lm, tuner, moved)
+    lm = MADE[policy](name, dtype) if policy in MADE else make(name, dtype)
+    _install(lm, name, tuner, moved)
     if policy == "critic":
         critic = make_scalar(name, dtype, seed=1)
-        _install(critic, tuner, moved)
+        _install(critic, name, tuner, moved)
         return ActorCritic(lm, critic)
     if policy == "shared critic":
         head = ValueHead(lm)
@@ -59,10 +56,11 @@ MADE = {  # models that are no language models
 }
 
 
-def _install(lm, tuner, moved):
+def _install(lm, name, tuner, moved):
+    settings = {"of": str(fine(name))} if tuner == "delta_scale" else (TUNERS | OTHERS)[tuner]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Tuner.lookup(tuner)(**(TUNERS | OTHERS)[tuner]).install(lm.model)
+        Tuner.lookup(tuner)(**settings).install(lm.model)
         for key, parameter in tuned(lm.model).items():
             if moved and tuner != "full" and "lora_B" in key:
                 nn.init.normal_(parameter, std=0.1)
@@ -92,10 +90,11 @@ def learners(lm, optim):
 
 
 def beside(example, lm):
-    """The roles that an objective asks: a reference near the policy, and its controllers, which have moved already."""
+    """The roles that an objective asks: a reference and a teacher near the policy, and its controllers, which have moved already."""
     objective = example.objective
     reference = Frozen(near(lm), micro_tokens=200) if "reference" in objective.needs else None
-    return Roles(reference, controls={name: value + 0.2 for name, value in objective.controls().items()}, micro_tokens=200)
+    teacher = Frozen(near(lm, seed=12), micro_tokens=200) if "teacher" in objective.needs else None
+    return Roles(reference, teacher=teacher, controls={name: value + 0.2 for name, value in objective.controls().items()}, micro_tokens=200)
 
 
 def near(lm, scale=0.02, seed=11):

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from posttrain.models.roles import Frozen
     from posttrain.text import RenderedRow
 
 
@@ -343,6 +344,23 @@ class Classified(Answers):
     def select(self, rows: Sequence[int]) -> "Classified":
         rows = sorted(rows)
         return Classified(self.seqs.select(rows), self.target[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Taught(Answers):
+    """Answers that another model is asked about, token by token, while they are learned from: nothing of size [N, V] is kept."""
+
+    teacher: "Frozen | None" = None
+
+    @classmethod
+    def from_rows(cls, rows: Sequence["RenderedRow"]) -> "Taught":
+        return cls(Sequences.from_rows(rows))
+
+    def select(self, rows: Sequence[int]) -> "Taught":
+        return Taught(self.seqs.select(rows), self.teacher)
+
+    def to(self, device: "torch.device | str") -> "Taught":
+        return Taught(self.seqs.to(device), self.teacher)  # who stays where it is
 
 
 def _columns(rows: Sequence["RenderedRow"], count: int) -> list[Float[Tensor, " B"]]:

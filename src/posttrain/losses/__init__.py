@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from posttrain.losses.aggregate import sequence_means, sequence_sums
     from posttrain.losses.classes import binary_cross_entropy, cross_entropy, squared_error
     from posttrain.losses.credit import gae, group_advantages, whiten
+    from posttrain.losses.distillation import logit_gap, vocabulary_kl
     from posttrain.losses.kl import adaptive_kl, kl_k1, kl_k2, kl_k3
     from posttrain.losses.policy_gradient import clipped_surrogate, clipped_value
     from posttrain.losses.preference import (
@@ -52,6 +53,8 @@ _HOME = {
     "gae": "credit",
     "group_advantages": "credit",
     "whiten": "credit",
+    "logit_gap": "distillation",
+    "vocabulary_kl": "distillation",
     "adaptive_kl": "kl",
     "kl_k1": "kl",
     "kl_k2": "kl",
@@ -123,6 +126,7 @@ __all__ = [
     "kto",
     "labelled",
     "log_odds_of_mean",
+    "logit_gap",
     "nca",
     "orpo",
     "psi_identity",
@@ -135,6 +139,7 @@ __all__ = [
     "simpo",
     "sppo",
     "squared_error",
+    "vocabulary_kl",
     "whiten",
     "wpo_weight",
 ]

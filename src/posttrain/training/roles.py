@@ -51,6 +51,9 @@ def frozen_roles(
     lm, plan = loaded.lm, settings.reference
     micro_tokens = settings.batch.at_a_time(lm.device.type)
     roles = Roles(controls=settings.objective.controls(), micro_tokens=micro_tokens)
+    if settings.teacher is not None:
+        refuse_other_tokenizer("teacher", settings.teacher, loaded.tokenizer)
+        roles.teacher = Frozen(load(settings.teacher).lm.requires_grad_(False), micro_tokens=micro_tokens)
     if "reference" not in settings.objective.needs or plan.cache:
         return roles
     assert isinstance(lm, LM)

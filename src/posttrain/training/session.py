@@ -298,7 +298,7 @@ def export(settings: TrainSettings, session: Session, policy: Any, template: Tem
         session.facts["normalised"] = bring_to_zero(settings, policy, template, rows)
     if isinstance(policy, ScalarLM):
         policy.keep_shift()
-    folded = settings.tuner.merges and foldable(policy.model, settings.model)
+    folded = settings.tuner.folds_in and foldable(policy.model, settings.model)
     if folded and settings.tuner.stores:
         save_adapter(settings.tuner, policy.model, session.folder / "adapter", settings.model)
     if folded:
@@ -310,7 +310,7 @@ def export(settings: TrainSettings, session: Session, policy: Any, template: Tem
     write(policy, settings.tuner, settings.model, folded, template, session.folder / "model")
     if settings.critic is not None and not settings.critic.shared:
         source, tuner = settings.critic.model or settings.model, settings.critic.tuner
-        if folded := tuner.merges and foldable(policy.critic.model, source):
+        if folded := tuner.folds_in and foldable(policy.critic.model, source):
             tuner.merge(policy.critic.model)
         write(policy.critic, tuner, source, folded, template, session.folder / "critic")
 

@@ -185,6 +185,8 @@ class TrainSettings(Settings):
     """Where samples come from, in training and validation."""
     reference: Reference = Reference()
     """What the policy is compared with; for objectives that ask for one."""
+    teacher: ModelSource | None = None
+    """The model that is learned from; for objectives that need one, such as match_logits."""
     critic: Critic | None = None
     """For ppo, which needs it."""
     mix: Mix | None = None
@@ -248,6 +250,10 @@ class TrainSettings(Settings):
             raise ValueError(f"objective {kind} trains no critic; remove the section `critic`")
         if self.critic is not None and self.critic.tuner.reads_rows:
             raise ValueError("critic.tuner: init: eva is for the policy, which begins from the stage's rows; take another init")
+        if "teacher" in self.objective.needs and self.teacher is None:
+            raise ValueError(f"objective {kind} learns from another model: add `teacher`, a model of the same tokenizer")
+        if self.teacher is not None and "teacher" not in self.objective.needs:
+            raise ValueError(f"objective {kind} learns from no other model; remove the section `teacher`")
         if self.reference != Reference() and "reference" not in self.objective.needs:
             raise ValueError(f"objective {kind}, as it is set, compares with no reference; remove the section `reference`")
         if self.reference.cache and not self.objective.reference_per_row:
@@ -325,12 +331,15 @@ class TrainSettings(Settings):
         """What can be refused before any weight is read: files, columns, rows that the objective cannot learn from."""
         self.model.check()
         self._check_below(self.model, self.tuner, "tuner")
+        self.tuner.check(self.model)
         if self.critic is not None and not self.critic.shared:
             self._check_below(self.critic.model or self.model, self.critic.tuner, "critic.tuner")
+            self.critic.tuner.check(self.critic.model or self.model)
         self.optim.check(self.model)
         if self.critic is not None:
             self.critic.optim.check(self.critic.model or self.model)
-        for role, source in {"reference": self.reference.model, "critic": self.critic.model if self.critic else None}.items():
+        critic = self.critic.model if self.critic is not None else None
+        for role, source in {"reference": self.reference.model, "teacher": self.teacher, "critic": critic}.items():
             if source is not None:
                 source.check()
                 refuse_other_tokens(role, source, self.model)

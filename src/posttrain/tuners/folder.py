@@ -52,7 +52,7 @@ def save_adapter(tuner: Tuner, model: PreTrainedModel, folder: Path, base: Model
         known["classes"] = asdict(of_config(model.config))
     elif head:
         known["reward_shift"] = float(getattr(model.config, "reward_shift", None) or 0.0)
-    save_file(state, folder / WEIGHTS)
+    save_file(state, folder / WEIGHTS, metadata=tuner.header(model, known))
     if config is not None:
         config.base_model_name_or_path, config.revision, config.inference_mode = base.path, base.revision, True
         parts = [path.rpartition(".")[2] for path in head_parts(model)]
@@ -113,8 +113,7 @@ def _put_in(
         assert peft is not None
         tuner = kind.from_peft(peft)
     with torch.random.fork_rng():
-        tuner.install(model)
-    tuner.restore(model, state)
+        tuner.install_stored(model, state)
 
 
 def _inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], exact: bool) -> None:

@@ -50,10 +50,12 @@ class InPlace(Tuner):
 
 def own_parameters(model: "PreTrainedModel") -> "dict[str, nn.Parameter]":
     """A model's parameters without those of adapters that stand frozen below a tuner."""
-    from posttrain.models import soft
+    from posttrain.models import delta, soft
     from posttrain.tuners.bottleneck import bottlenecks
 
     added = [each for part in (*soft.all_of(model), *bottlenecks(model).values()) for each in part.parameters()]
+    below = delta.active(model)
+    added += [] if below is None else below.scales.values()
     for layer in layers_of(model).values():
         added += [each for name, each in layer.named_parameters() if not name.startswith("base_layer.")]
     foreign = {id(each) for each in added}

@@ -1,0 +1,1 @@
+"""Making models smaller, and saying by how much and at what price."""
