@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from claims import __main__ as claims
-from claims import strings, t1, t2, t16, t19, t21
+from claims import strings, t1, t2, t5, t16, t19, t21
 from claims.claim import exact, number, run
 from posttrain.batch import Sequences
 from posttrain.losses import sequence_sums
