@@ -22,8 +22,9 @@ def model(width: int, layers: int) -> Any:
 
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=width // 64,
-        num_key_value_heads=width // 64, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
     return fresh(config, ModelSource(path="benchmark", device="cpu"))
 
@@ -73,11 +74,12 @@ def main() -> None:
         for name, found in rows.items():
             switch(lm.model, None if name == "dense" else name)
             found.append(speed(lm, size, asked.tokens, asked.repeats))
-    print(f"Llama of width {asked.width}, {asked.layers} blocks, float32; {asked.threads} threads; peak {peak_megabytes():,.0f} MB\n")
+    about = f"Llama of width {asked.width}, {asked.layers} blocks, float32; {asked.threads} threads"
+    print(f"{about}; peak {peak_megabytes():,.0f} MB\n")
     print("| | " + " | ".join(f"batch {size}" for size in SIZES) + " |\n|---|" + "---|" * len(SIZES))
     for name, found in rows.items():
         shares = [one / two for one, two in zip(found, rows["dense"], strict=True)]
-        cells = [f"{each:,.0f} tokens/s" + ("" if name == "dense" else f", {part:.2f}x") for each, part in zip(found, shares, strict=True)]
+        cells = [f"{each:,.0f} tokens/s, {part:.2f}x" for each, part in zip(found, shares, strict=True)]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

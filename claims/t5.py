@@ -1,12 +1,11 @@
 """T5: a fine-tuned model is its base and one bit a weight: more than ten times smaller, and near in its logits. arXiv 2402.10193.
 
 Small Llamas learn to add two numbers of two digits, and from there, as their fine-tuning, to subtract. The difference is kept as
-signs and one scale a matrix (`posttrain.models.delta`), as matrices of low rank in the same bits (both with the scales distilled by
-objective `match_logits` too), and rounded to 4 bits. Measured on problems that no training saw.
+signs and one scale a matrix (`posttrain.models.delta`), as matrices of low rank in the same bits, the scales of both distilled by
+objective `match_logits`, and rounded to 4 bits. Measured on problems that the fine-tuning did not see.
 """
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from claims.claim import Claim, Number, exact, main, number, shown, spread
@@ -39,7 +38,6 @@ QUICK = {
     "held_out": 100, "processes": 1,
 }  # fmt: skip
 END, PLUS, MINUS, EQUALS = 10, 11, 12, 13  # after the digits
-FORMS = ("signs", "low rank", "4 bits")
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +192,7 @@ def right(lm: Any, asked: Any) -> float:
 
 
 def rounded_twin(lm: Any, delta: Any, fine: Any) -> Any:
-    """The base with its difference rounded to 4 bits, to nearest, with a scale for each output; what else differs as in a delta."""
+    """The base with its difference rounded to 4 bits, to nearest, a scale for each output; what else differs as in a delta."""
     import torch
 
     from claims import strings
@@ -242,14 +240,21 @@ def drop(numbers: dict[str, Number], width: int, form: str) -> Number:
     return number(fine - delta for fine, delta in zip(*both, strict=True))
 
 
+def kl_share(numbers: dict[str, Number], width: int, form: str) -> Number:
+    """KL to the fine-tuned model as a share of the base's, paired by seed."""
+    both = (numbers[f"{width}: kl {which}"]["seeds"] for which in (form, "base"))
+    return number(delta / base for delta, base in zip(*both, strict=True))
+
+
 def say(numbers: dict[str, Number]) -> str:
     width = widest(numbers)
     at = {name.partition(": ")[2]: each for name, each in numbers.items() if name.startswith(f"{width}:")}
-    kls = ", ".join(f"{name} {shown(at[f'kl {name}'], 4)}" for name in ("base", "signs at first", "signs", "low rank", "4 bits"))
+    forms = ("base", "signs at first", "signs", "low rank", "4 bits")
+    kls = ", ".join(f"{name} {shown(at[f'kl {name}'], 4)}" for name in forms)
     return (
-        f"width {width}: matrices {shown(at['matrices ratio'], 2)}x smaller, Llama-2-7B {shown(numbers['Llama-2-7B'], 2)}x; KL to the "
-        f"fine-tuned model: {kls}; squared logit difference {shown(at['gap signs at first'])}, distilled {shown(at['gap signs'])}; "
-        f"right {shown(at['accuracy fine'])}, as signs {shown(at['accuracy signs'])}"
+        f"width {width}: matrices {shown(at['matrices ratio'], 2)}x smaller, Llama-2-7B {shown(numbers['Llama-2-7B'], 2)}x; KL "
+        f"to the fine-tuned model: {kls}; squared logit difference {shown(at['gap signs at first'])}, distilled "
+        f"{shown(at['gap signs'])}; right {shown(at['accuracy fine'])}, lost {shown(drop(numbers, width, 'signs'))}"
     )
 
 
@@ -260,12 +265,12 @@ def draw(figure: Any, found: dict[str, Any]) -> None:
     figure.set_size_inches(8, 3.2)
     left, middle = figure.subplots(1, 2)
     numbers, widths = found["numbers"], found["curves"]["widths"]
-    place: Callable[[str], list[Number]] = lambda name: [numbers[f"{width}: {name}"] for width in widths]  # noqa: E731
     for name, colour in COLOURS.items():
-        shares = [number(one / two for one, two in zip(each["seeds"], base["seeds"], strict=True)) for each, base in zip(place(f"kl {name}"), place("kl base"), strict=True)]
-        left.errorbar(widths, [each["value"] for each in shares], [2 * each["se"] for each in shares], color=colour, marker="o", label=name)
+        kept = [kl_share(numbers, width, name) for width in widths]
         lost = [drop(numbers, width, name) for width in widths]
-        middle.errorbar(widths, [each["value"] for each in lost], [2 * each["se"] for each in lost], color=colour, marker="o")
+        for axes, row in ((left, kept), (middle, lost)):
+            values, errors = [each["value"] for each in row], [2 * each["se"] for each in row]
+            axes.errorbar(widths, values, errors, color=colour, marker="o", label=name)
     left.axhline(KL_SHARE, color="0.6", linestyle=":")
     middle.axhline(DROP, color="0.6", linestyle=":")
     left.set(xscale="log", yscale="log", xlabel="width", ylabel="KL to the fine-tuned model, share of the base's")

@@ -1,4 +1,4 @@
-"""Draws the curves of the pages from runs: python docs/make_curves.py runs/quickstart (or tiny_base, rlhf_sentiment, online, delta)."""
+"""Draws the curves of the pages from runs: python docs/make_curves.py runs/quickstart (or another of FIGURES)."""
 
 import json
 import sys
