@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from claims import __main__ as claims
-from claims import strings, t1, t2, t16, t19, t21
+from claims import strings, t1, t2, t5, t16, t19, t21
 from claims.claim import exact, number, run
 from posttrain.batch import Sequences
 from posttrain.losses import sequence_sums
@@ -51,6 +51,27 @@ def test_best_of_n_keeps_to_its_bound_and_few_comparisons_lead_astray(tmp_path):
     assert checks["KL near the bound in a large space"]
     assert checks["drawn samples agree with the exact sums"]
     assert checks["with few pairs gold peaks, then falls"]
+
+
+def test_a_delta_is_small_near_and_nearer_after_its_distillation(tmp_path):
+    found = quick(t5, tmp_path)
+    checks = found["checks"]
+    assert checks["Llama-2-7B by its sizes"]
+    assert checks["matrices are smaller"]
+    assert checks["distillation brings the logits nearer"]
+    assert checks["a normal difference"]
+    numbers = found["numbers"]
+    assert numbers["32: kl 4 bits"]["value"] < numbers["32: kl signs"]["value"] < numbers["32: kl base"]["value"]
+
+
+def test_the_problems_of_the_delta_are_right_and_their_answers_are_read_rightly():
+    for sign, result in ((t5.PLUS, [2, 2, 1]), (t5.MINUS, [2, 5])):
+        asked = t5.problems(sign)
+        assert len(asked) == 10_000
+        (tokens, marks) = asked[8735].sequences[0]
+        assert tokens == [t5.END, 8, 7, sign, 3, 5, t5.EQUALS, *result, t5.END]
+        assert [token for token, mark in zip(tokens, marks, strict=True) if mark] == [*result, t5.END]
+    assert t5.problems(t5.MINUS)[3587].sequences == asked[8735].sequences, "the larger number first"
 
 
 def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(tmp_path):

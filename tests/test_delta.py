@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import fine, make, transformer
 from tiny_runs import DATA, RAW, base, inline, settings
+from tiny_runs import fine as tuned_base
 from torch.nn.functional import linear
 from transformers import LlamaConfig, MistralConfig
 from transformers.pytorch_utils import Conv1D
@@ -365,22 +366,10 @@ def test_a_teacher_is_asked_for_and_refused_where_nothing_is_learned_from_it():
 
 @pytest.mark.parametrize("data", [DATA, RAW])
 def test_a_model_learns_back_what_its_teacher_says_of_answers_and_of_text(data, tmp_path):
-    pupil = moved_base(tmp_path)
-    stage = settings("sft", model=str(pupil), objective="match_logits", teacher=str(base()), data=data, optim={"learning_rate": 1e-3})
+    stage = settings("sft", model=str(tuned_base()), objective="match_logits", teacher=str(base()), data=data, optim={"learning_rate": 1e-3})
     folder = run(Recipe.parse(json.dumps(stage), name="tiny"), tmp_path).folders["train"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss/logits"] < 0.5 * lines[0]["loss/logits"]
-
-
-def moved_base(folder, seed=8, by=0.01):
-    """The base of the tiny runs with all its weights moved a little, as if it had been fine-tuned."""
-    found, draw = load(base()), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in found.lm.model.parameters():
-            parameter.add_(by * torch.randn(parameter.shape, generator=draw))
-    found.lm.model.save_pretrained(folder / "moved")
-    found.tokenizer.save_pretrained(folder / "moved")
-    return folder / "moved"
 
 
 # ---- sizes
@@ -477,7 +466,8 @@ def test_a_file_that_is_not_whole_of_another_base_or_no_delta_is_refused(stored,
     assert "made on another model" in refusal(file, of=ModelSource(path=str(tmp_path / "other")))
     for change, message in (
         ({"model.layers.0.mlp.up_proj.delta.signs": None}, "which is no known form"),
-        ({"model.layers.0.mlp.up_proj.delta.scale": None}, "the delta lacks model.layers.0.mlp.up_proj"),
+        ({"model.layers.0.mlp.up_proj.delta.scale": None}, "holds signs of it, which is no known form"),
+        (dict.fromkeys(f"model.layers.0.mlp.up_proj.delta.{part}" for part in ("scale", "signs")), "lacks model.layers.0.mlp.up_proj"),
         ({"model.layers.0.mlp.up_proj.delta.signs": torch.zeros(48, 2, dtype=torch.int32)}, "of another shape in the delta"),
         ({"model.norm.weight": torch.zeros(3)}, r"model.norm.weight is (3,) in the delta and (32,) in the base"),
         ({"model.layers.0.mlp.up_proj.weight": torch.zeros(48, 32)}, "which this base has no place for"),
@@ -494,7 +484,7 @@ def test_a_file_that_is_not_whole_of_another_base_or_no_delta_is_refused(stored,
 
 
 def stage(tmp_path, **changes):
-    found = {"kind": "delta", "model": str(moved_base(tmp_path)), "base": str(base()), **changes}
+    found = {"kind": "delta", "model": str(tuned_base()), "base": str(base()), **changes}
     return Recipe.parse(json.dumps({"stages": {"delta": found}}), name="tiny")
 
 
@@ -511,7 +501,7 @@ def test_the_stage_distils_measures_and_leaves_a_folder_that_loads(tmp_path):
     assert record["remaining"]["mean"] == pytest.approx(1 - 2 / math.pi, abs=0.03), "it was moved by normal draws"
     folder = result.model("delta")
     assert not (folder / "config.json").exists()
-    lm, tuned_one = load(folder).lm, load(tmp_path / "moved").lm
+    lm, tuned_one = load(folder).lm, load(tuned_base()).lm
     tokens = Sequences.of([([5, 9, 17, 300, 42], [False, True, True, True, True])])
     gaps = [(said(each, tokens) - said(tuned_one, tokens)).abs().mean() for each in (lm, load(base()).lm)]
     assert gaps[0] < gaps[1]
@@ -527,12 +517,12 @@ def test_the_stage_without_data_keeps_the_scales_that_it_begins_with(tmp_path):
         assert metrics["fine_kl"] < metrics["fine_kl_base"]
     bare = run(stage(tmp_path), tmp_path / "bare").stages["delta"]
     assert bare["metrics"] == {}
-    assert bare["sizes"] | {"file_bytes": 0} == stage_sizes(tmp_path)
+    assert bare["sizes"] | {"file_bytes": 0} == stage_sizes()
 
 
-def stage_sizes(tmp_path):
+def stage_sizes():
     """Written out: 26,000 weights of which everything differs."""
-    model = load(tmp_path / "moved").lm.model
+    model = load(tuned_base()).lm.model
     return sizes_of(model.config).as_dict() | {"file_bytes": 0}
 
 

@@ -8,6 +8,7 @@ of the base's while the difference is active. A model may hold several differenc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,9 +35,14 @@ def packed(signs: Float[Tensor, "O I"]) -> Int[Tensor, "O words"]:
 
 def unpacked(words: Int[Tensor, "O words"], inputs: int, dtype: torch.dtype) -> Float[Tensor, "O I"]:
     """1 for each bit that is set, -1 for the others. Read a byte at a time, from a table of what each byte stands for."""
-    places = torch.arange(8, device=words.device)
-    table = (2 * (torch.arange(256, device=words.device)[:, None] >> places & 1) - 1).to(dtype)
-    return nn.functional.embedding(words.view(torch.uint8).int(), table).flatten(1)[:, :inputs]
+    return nn.functional.embedding(words.view(torch.uint8).int(), _of_bytes(words.device, dtype)).flatten(1)[:, :inputs]
+
+
+@cache
+def _of_bytes(device: torch.device, dtype: torch.dtype) -> Float[Tensor, "256 8"]:
+    """What each byte stands for."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return (2 * bits - 1).to(dtype)
 
 
 class _Signed(torch.autograd.Function):
