@@ -35,10 +35,7 @@ def build(name, dtype, tuner, moved=True, policy="lm"):
 
 @cache
 def _built(name, dtype, tuner, moved, policy):
-    if policy in MADE:
-        lm = MADE[policy](name, dtype)
-    else:
-        lm = make(name, dtype)
+    lm = MADE[policy](name, dtype) if policy in MADE else make(name, dtype)
     _install(lm, tuner, moved)
     if policy == "critic":
         critic = make_scalar(name, dtype, seed=1)
