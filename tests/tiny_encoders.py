@@ -24,7 +24,7 @@ from posttrain.models.source import ModelSource
 from posttrain.text import Classes
 
 CONTROLS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = "a the cat dog sat on mat log was is not good bad film story but and very all day long night red blue , . ?".split()
+WORDS = ["a", "the", "cat", "dog", "sat", "on", "mat", "log", "was", "is", "not", "good", "bad", "film", "story", "but", "and", "very", "all", "day", "long", "night", "red", "blue", ",", ".", "?"]
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip

@@ -9,8 +9,11 @@ from posttrain.text import Classified, Label, Message
 
 
 class ClassifiedTexts(Format, kind="classified"):
-    """A `text` (with a `second` one, where two are judged together), or a conversation (`messages`, or a `prompt` and perhaps a
-    `completion`), and its `label`: a name, true or false, a number, or a list of names where several may be right."""
+    """A `text` and its `label`: a name, true or false, a number, or a list of names where several may be right.
+
+    A `second` text goes with it where two are judged together; a conversation (`messages`, or a `prompt` and perhaps a
+    `completion`) may stand in its place.
+    """
 
     needs = ("label",)
     either = ("text", "messages", "prompt")

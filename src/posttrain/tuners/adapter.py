@@ -68,8 +68,8 @@ class Adapter(Tuner, kind="adapter"):
         hosts = [path.rpartition(".")[0] for path in found["feed_forward_out"]]
         if not all(any(path.startswith(f"{host}.") for path in found["feed_forward_in"]) for host in hosts):
             raise RecipeError(
-                f"tuner.variant: parallel stands beside the whole feed-forward layer, which {type(model).__name__} has no module for; "
-                "take pfeiffer or houlsby"
+                f"tuner.variant: parallel stands beside the whole feed-forward layer, which {type(model).__name__} has no module "
+                "for; take pfeiffer or houlsby"
             )
         return hosts
 
