@@ -1,0 +1,1 @@
+"""Smaller models: rounding weights to few bits, and leaving weights out."""
