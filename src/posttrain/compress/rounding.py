@@ -1,8 +1,8 @@
 """Matrices rounded to integers: to the nearest, by GPTQ, and what AWQ decides before rounding to the nearest.
 
-Legend: M outputs, K inputs, G groups of a row, R rows of scales: M, or 1 where the whole matrix has one. A grid reaches from the least
-to the greatest weight of a group, 0 included, and has a step (scale) and an integer zero; a symmetric one has no zero and reaches
-equally far to both sides. Scales are kept in the weight's dtype, and rounded to it before anything is rounded to them.
+Legend: M outputs, K inputs, G groups of a row, R rows of scales: M, or 1 where the whole matrix has one. A grid reaches from the
+least to the greatest weight of a group, 0 included, and has a step (scale) and an integer zero; a symmetric one reaches equally far
+to both sides, and its zero is the middle. Scales are kept in the weight's dtype, and rounded to it before anything is rounded to them.
 """
 
 from collections.abc import Sequence
@@ -63,8 +63,8 @@ def nearest(
     """Each weight to the nearest point of its group's grid: off by at most half a step, where nothing is cut off."""
     scale, zero = grid(weight, bits, group, symmetric, shrink)
     width, columns = width_of(group, weight.shape[1]), weight.shape[1]
-    each = [part.repeat_interleave(width, 1)[:, :columns] for part in (scale, zero)]
-    return integers(coded(wide(weight), *each, bits), scale, zero, bits, group, symmetric)
+    step, middle = (part.repeat_interleave(width, 1)[:, :columns] for part in (scale, zero))
+    return integers(coded(wide(weight), step, middle, bits), scale, zero, bits, group, symmetric)
 
 
 def gptq(
@@ -112,7 +112,7 @@ def awq_scale(
     group: Group = 128,
     symmetric: bool = False,
 ) -> Float[Tensor, " K"]:
-    """What each input is divided by, and each column of the layers that read it multiplied with, before rounding; arXiv 2306.00978.
+    """What each input is divided by, and its column in the layers that read it multiplied with, before rounding; arXiv 2306.00978.
 
     s = (mean |x|)^ratio / sqrt(max s * min s), of 20 ratios from 0 (no scale) that with which the outputs change least.
     absolute: mean |x|.
@@ -133,8 +133,8 @@ def awq_scale(
 def awq_shrink(
     weight: Float[Tensor, "M K"], hessian: Float[Tensor, "K K"], bits: int = 4, group: Group = 128, symmetric: bool = False
 ) -> Float[Tensor, "M G"]:
-    """The share of its range, 1 to a half in 20 steps, that each group's grid should reach, so that its part of the output changes
-    least; arXiv 2306.00978, section 3.2."""
+    """The share of its range, 1 to a half in 20 steps, that each group's grid should reach, so that its part of the output
+    changes least; arXiv 2306.00978."""
     if group == "tensor":
         return torch.ones(1, 1, dtype=wide(weight).dtype, device=weight.device)
     width, columns = width_of(group, weight.shape[1]), weight.shape[1]

@@ -1,7 +1,7 @@
 """A matrix of small integers: codes, and for each group of a row's weights a scale and perhaps a zero.
 
-Stored as compressed-tensors stores it ("pack-quantized"): the codes of a row as one stream of bits, the lowest first, cut into words of
-32; of 4 bits that is eight codes a word. Where there is no zero, a code is 2^(bits - 1) above what it stands for.
+Stored as compressed-tensors stores it ("pack-quantized"): the codes of a row as one stream of bits, the lowest first, cut into
+words of 32; of 4 bits that is eight codes a word. Where there is no zero, a code is 2^(bits - 1) above what it stands for.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Integers:
         return 4 * words + self.scale.numel() * self.scale.element_size() + 2 * 8
 
     def packed(self) -> dict[str, Tensor]:
-        """`weight_packed` [M, words], `weight_scale` [R, G], `weight_shape` [2]; `weight_zero_point` [words, G] where there is one."""
+        """`weight_packed` [M, words], `weight_scale` [R, G], `weight_shape` [2], and, with zeros, `weight_zero_point` [words, G]."""
         found = {
             "weight_packed": to_words(self.codes, self.bits),
             "weight_scale": self.scale,

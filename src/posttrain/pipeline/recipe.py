@@ -14,11 +14,12 @@ from posttrain.component import Component, Settings, did_you_mean
 from posttrain.data.source import StageRows
 from posttrain.errors import InputError, RecipeError
 from posttrain.models.source import ModelSource
+from posttrain.pipeline.prune import Prune
 from posttrain.pipeline.stage import Stage, parts, references
 from posttrain.pipeline.stages import Create, Evaluate, Train
 from posttrain.pipeline.vary import expand
 
-__all__ = ["Create", "Evaluate", "Recipe", "Train"]
+__all__ = ["Create", "Evaluate", "Prune", "Recipe", "Train"]
 
 GLOBAL = ("name", "seed", "title", "report")
 
