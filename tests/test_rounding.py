@@ -7,8 +7,14 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import make
 
+from posttrain.batch import Sequences
+from posttrain.compress.blocks import blocks_of, matrix_of
+from posttrain.compress.calibration import seen_by
 from posttrain.compress.compensation import compensated, inverse_factor, output_error
+from posttrain.compress.folding import folds_of
+from posttrain.compress.rounders import AWQ, GPTQ, Nearest
 from posttrain.compress.rounding import awq_scale, awq_shrink, gptq, grid, nearest
 from posttrain.errors import RunError
 from posttrain.models.integers import Integers, from_words, to_words
@@ -259,3 +265,79 @@ def test_what_is_packed_is_as_large_as_it_says_and_comes_back(bits, group, symme
     if not symmetric and group != "tensor":
         signed = (found.zero.int() - 2 ** (bits - 1)).to(torch.int8)
         assert torch.equal(packed["weight_zero_point"], pack_to_int32(signed, bits, packed_dim=0))
+
+
+# ---- models
+
+
+SEQS = Sequences.of([([5, 9, 40, 3, 3, 71, 8, 2, 66, 12, 31, 17, 60], [False] * 4 + [True] * 9), ([61, 22, 7, 80], [False] * 2 + [True] * 2)])
+GRID = {"bits": 4, "group": 16, "symmetric": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "folds"),
+    [
+        ("llama", {"q_proj k_proj v_proj", "gate_proj up_proj", "down_proj"}),
+        ("qwen3", {"q_proj k_proj v_proj", "gate_proj up_proj", "down_proj"}),
+        ("gemma3", {"q_proj k_proj v_proj", "gate_proj up_proj", "down_proj"}),
+        ("gpt2", {"c_attn", "c_fc"}),
+        ("phi", {"q_proj k_proj v_proj fc1"}),
+        ("olmo2", {"down_proj"}),  # its norms come after
+    ],
+)
+def test_a_scale_is_folded_in_wherever_the_architecture_allows_it_and_the_model_stays_what_it_was(name, folds):
+    lm = make(name, "float64")
+    with torch.no_grad():
+        before = lm.logprobs(SEQS)
+    found = [(block, folds_of(lm, block, SEQS)) for block in blocks_of(lm.model)]
+    draw = torch.Generator().manual_seed(0)
+    for _, each in found:
+        assert {" ".join(path.rpartition(".")[2] for path in fold.readers) for fold in each} == folds
+        for fold in each:
+            columns = matrix_of(next(iter(fold.readers.values()))).shape[1]
+            fold.fold((2 * torch.rand(columns, dtype=F64, generator=draw) - 1).exp())
+    with torch.no_grad():
+        gap = float((lm.logprobs(SEQS) - before).abs().max())
+    assert gap < (1e-5 if name == "gemma3" else 1e-10)  # whose norms compute in float32
+
+
+def test_values_are_folded_into_the_output_of_attention_where_each_reaches_one_place_of_it():
+    lm = make("llama", "float64", num_key_value_heads=4)
+    (block, _) = blocks_of(lm.model)
+    readers = {" ".join(path.rpartition(".")[2] for path in fold.readers) for fold in folds_of(lm, block, SEQS)}
+    assert "o_proj" in readers
+
+
+@pytest.mark.parametrize("method", [Nearest(), GPTQ(), GPTQ(order=True), AWQ()], ids=lambda each: f"{each.kind}{getattr(each, 'order', '')}")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_models_weights_become_those_of_its_codes(name, method):
+    lm = make(name)
+    blocks = blocks_of(lm.model)
+    found = method.quantize(lm, blocks, SEQS if method.reads else None, GRID)
+    assert set(found) == {path for block in blocks for path in block.layers}
+    for block in blocks:
+        for path, layer in block.layers.items():
+            assert torch.equal(matrix_of(layer), found[path].dense())
+            assert int(found[path].codes.max()) < 16
+
+
+def test_gptq_loses_less_than_the_nearest_on_what_it_was_calibrated_on():
+    """Summed over layers; each block is given what the rounded blocks before it give."""
+    draw = torch.Generator().manual_seed(0)
+    rows = Sequences.of([(torch.randint(2, 97, (40,), generator=draw).tolist(), [False] + [True] * 39) for _ in range(12)])
+    errors = {}
+    for method in (Nearest(), GPTQ(), AWQ()):
+        lm, plain = make("llama", "float64"), make("llama", "float64")
+        block = blocks_of(lm.model)[0]
+        seen = seen_by(lm, rows, block, second=True)
+        method.quantize(lm, [block], rows if method.reads else None, {**GRID, "bits": 3})
+        with torch.no_grad():
+            errors[method.kind] = float((lm.hidden(rows) - plain.hidden(rows)).square().mean())
+        if method.kind != "awq":  # which changes the inputs, too
+            errors[f"{method.kind} layers"] = sum(
+                output_error(matrix_of(layer) - plain.model.get_submodule(path).weight.detach(), seen[path].hessian)
+                for path, layer in block.layers.items()
+            )
+    assert errors["gptq layers"] < errors["rtn layers"]
+    assert errors["gptq"] < errors["rtn"]
+    assert errors["awq"] < errors["rtn"]

@@ -94,6 +94,6 @@ def sparsegpt(
 
 
 def stored_bytes(weights: int, kept: int, pattern: Pattern | None = None) -> int:
-    """Of a matrix with 16-bit weights: those kept, and where they stand: a bit for each weight, or log2 m (2 bits) for each kept."""
+    """Of a matrix of 16-bit weights: those kept, and where they stand: a bit a weight, or log2 m (2) bits a weight kept."""
     where = weights if pattern is None else kept * (pattern[1] - 1).bit_length()
     return 2 * kept + -(-where // 8)

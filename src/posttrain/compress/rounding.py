@@ -1,8 +1,8 @@
 """Matrices rounded to integers: to the nearest, by GPTQ, and what AWQ decides before rounding to the nearest.
 
 Legend: M outputs, K inputs, G groups of a row, R rows of scales: M, or 1 where the whole matrix has one. A grid reaches from the
-least to the greatest weight of a group, 0 included, and has a step (scale) and an integer zero; a symmetric one reaches equally far
-to both sides, and its zero is the middle. Scales are kept in the weight's dtype, and rounded to it before anything is rounded to them.
+least to the greatest weight of a group, 0 included, and has a step (scale) and an integer zero; a symmetric one reaches as far to
+one side as to the other. Scales are kept in the weight's dtype, and rounded to it before anything is rounded to them.
 """
 
 from collections.abc import Sequence
@@ -112,10 +112,10 @@ def awq_scale(
     group: Group = 128,
     symmetric: bool = False,
 ) -> Float[Tensor, " K"]:
-    """What each input is divided by, and its column in the layers that read it multiplied with, before rounding; arXiv 2306.00978.
+    """What each input is divided by, and its column in the layers that read it multiplied by, before they are rounded.
 
-    s = (mean |x|)^ratio / sqrt(max s * min s), of 20 ratios from 0 (no scale) that with which the outputs change least.
-    absolute: mean |x|.
+    s = (mean |x|)^ratio / sqrt(max s * min s), of 20 ratios from 0 (no scale) that with which the outputs change least; arXiv
+    2306.00978. absolute: mean |x|.
     """
     best, least = torch.ones_like(absolute), float("inf")
     for step in range(RATIOS):

@@ -47,7 +47,7 @@ class Integers:
         return 4 * words + self.scale.numel() * self.scale.element_size() + 2 * 8
 
     def packed(self) -> dict[str, Tensor]:
-        """`weight_packed` [M, words], `weight_scale` [R, G], `weight_shape` [2], and, with zeros, `weight_zero_point` [words, G]."""
+        """`weight_packed` [M, words], `weight_scale` [R, G], `weight_shape` [2]; with zeros `weight_zero_point` [words, G]."""
         found = {
             "weight_packed": to_words(self.codes, self.bits),
             "weight_scale": self.scale,
