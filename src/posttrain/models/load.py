@@ -23,6 +23,7 @@ from posttrain.models import layout
 from posttrain.models.attention import TreePlan
 from posttrain.models.backbone import Backbone, LayoutName
 from posttrain.models.lm import LM
+from posttrain.models.quantizer import plan_of
 from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import ModelSource, compare_tokens
 from posttrain.paths import resolve
@@ -130,10 +131,16 @@ def _from_pretrained(auto: Any, source: ModelSource, **options: Any) -> tuple[Pr
     shared: dict[str, Any] = {"revision": source.trust_remote_code or source.revision, "trust_remote_code": trust}
     try:
         config = AutoConfig.from_pretrained(name, **shared, **options)
+        plan = plan_of(source.path, config, source.quantize, source.double)
+        if plan is not None:
+            shared["quantization_config"] = plan
         model, report = auto.from_pretrained(
             name, config=config, dtype=DTYPES[source.dtype], use_safetensors=True, output_loading_info=True, **shared
         )
+        shared.pop("quantization_config", None)
         tokenizer = AutoTokenizer.from_pretrained(name, **shared)
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source.path}: transformers cannot load this model: {first}") from None

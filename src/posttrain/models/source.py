@@ -31,6 +31,10 @@ class ModelSource(Settings):
     """Branch, tag or commit of a hub model."""
     dtype: Literal["float32", "bfloat16", "mixed", "float64"] = "float32"
     """mixed: float32 weights, computed in bfloat16. bfloat16: weights too (small updates round away; for frozen models)."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: keep the matrices below the head in 4 bits, frozen, under any tuner that leaves them as they are (QLoRA)."""
+    double: bool = False
+    """Of nf4: keep its magnitudes in 8 bits too, 4.13 bits a weight in place of 4.5."""
     layout: Literal["auto", "tree", "padded"] = "auto"
     """tree: no padding, shared prefixes once. auto: the tree where a check shows that the model takes it, else padded."""
     device: str = "auto"
@@ -51,6 +55,8 @@ class ModelSource(Settings):
     def _one_origin(self) -> "ModelSource":
         if (self.path is None) == (self.stage is None):
             raise ValueError("give either `path` (a folder, hub name or posttrain:NAME) or `stage` (a stage of this recipe)")
+        if self.double and self.quantize is None:
+            raise ValueError("double is of quantize: nf4; add that, or remove it")
         return self
 
     def folder(self) -> Path | None:
@@ -92,6 +98,19 @@ class ModelSource(Settings):
 
         return not torch.cuda.is_available()
 
+    def is_quantized(self) -> bool:
+        """Whether the weights are codes once the model is loaded; False for a hub model that says so itself."""
+        if self.quantize is not None:
+            return True
+        if (below := self.below()) is not None:
+            return below.is_quantized()
+        folder = None if self.path is None else self.folder()
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder is not None else {}
+        except (OSError, ValueError):
+            return False
+        return "quantization_config" in config
+
     def same_weights(self, other: "ModelSource") -> bool:
         """Whether the two name one model, be it by other words or in another precision."""
         return self.fingerprint() == other.fingerprint()
@@ -99,11 +118,12 @@ class ModelSource(Settings):
     def fingerprint(self) -> str:
         """Of a local folder the hash of its files, of a hub model its name and revision."""
         assert self.path is not None
-        folder = self.folder()
-        if folder is None:
-            return f"{HUB}{self.path}@{self.revision or 'main'}"
-        below = self.below()
-        return folder_fingerprint(folder) + ("" if below is None else f" on {below.fingerprint()}")
+        folder, below = self.folder(), self.below()
+        if below is not None:
+            assert folder is not None
+            return f"{folder_fingerprint(folder)} on {below.fingerprint()}"
+        found = f"{HUB}{self.path}@{self.revision or 'main'}" if folder is None else folder_fingerprint(folder)
+        return found + (f" in {self.quantize}{' double' if self.double else ''}" if self.quantize else "")
 
     def weights(self) -> str:
         """The fingerprint of the weights alone: of settings and tokenizers it knows nothing."""
@@ -135,7 +155,10 @@ class ModelSource(Settings):
         if not path:
             raise ModelError(f"{named(folder)}: an adapter that does not say which model it belongs on; name it with `base`")
         trusted = self.trust_remote_code if self.base is not None else None  # a folder does not choose whose code runs
-        found = self.model_copy(update={"path": path, "base": base, "revision": revision, "trust_remote_code": trusted})
+        changed = {"path": path, "base": base, "revision": revision, "trust_remote_code": trusted}
+        if self.quantize is None and known.get("quantize"):
+            changed |= {"quantize": known["quantize"], "double": bool(known.get("double"))}
+        found = self.model_copy(update=changed)
         try:
             found.folder()
         except ModelError:

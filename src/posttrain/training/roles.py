@@ -14,6 +14,7 @@ from posttrain.batch import Sequences
 from posttrain.models.actor_critic import ActorCritic, ValueHead
 from posttrain.models.lm import LM
 from posttrain.models.load import Loaded, LoadedScalar, refuse_other_tokenizer
+from posttrain.models.quantized import quantized
 from posttrain.models.roles import Earlier, Frozen, Roles
 from posttrain.models.source import ModelSource
 from posttrain.text import RenderedRow
@@ -21,6 +22,7 @@ from posttrain.training.fit import Learner
 from posttrain.training.settings import Critic, TrainSettings
 from posttrain.tuners import tuned
 from posttrain.tuners.load import load, load_scalar
+from posttrain.tuners.tuner import refuse_quantized
 
 AT_ONCE = 512  # rows that the reference is asked about at a time
 
@@ -79,6 +81,8 @@ def actor_critic(settings: TrainSettings, plan: Critic, lm: LM, tokenizer: Any, 
     source = plan.model or settings.model
     refuse_other_tokenizer("critic", source, tokenizer)
     critic = load_scalar(source, nn.init.zeros_).lm
+    if quantized(critic.model):
+        refuse_quantized(plan.tuner, f"the critic, {source.path}")
     with torch.random.fork_rng():
         torch.manual_seed(draws.key(seed, "critic's tuner") % 2**63)
         plan.tuner.install(critic.model)

@@ -15,6 +15,7 @@ from posttrain.data.render import Template
 from posttrain.evaluation import evaluate
 from posttrain.models.lm import LM
 from posttrain.models.load import save
+from posttrain.models.quantized import quantized
 from posttrain.models.reward import normalise, save_reward_model
 from posttrain.models.roles import Roles
 from posttrain.models.scalar import ScalarLM
@@ -28,9 +29,9 @@ from posttrain.training.roles import actor_critic, cached_references, frozen_rol
 from posttrain.training.settings import TrainSettings
 from posttrain.training.updates import Item, Mixed, RowUpdates, SampledUpdates, Update, Updates
 from posttrain.tuners import Tuner, tuned
-from posttrain.tuners.below import folds
-from posttrain.tuners.folder import save_adapter
+from posttrain.tuners.folder import foldable, save_adapter
 from posttrain.tuners.load import load, load_scalar
+from posttrain.tuners.tuner import refuse_quantized
 
 UNBOUNDED = 10**9  # steps of a run whose end is a time
 
@@ -63,6 +64,8 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
     rows = Rows.read(settings)
     loaded = load_scalar(settings.model, new_head(session.seed)) if settings.objective.scores else load(settings.model)
     template = Template(loaded.tokenizer, settings.task is not None or settings.validation.task is not None or rows.needs_chat)
+    if quantized(loaded.lm.model):
+        refuse_quantized(settings.tuner, str(settings.model.path))
     with torch.random.fork_rng():
         torch.manual_seed(draws.key(session.seed, "tuner") % 2**63)
         settings.tuner.install(loaded.lm.model)
@@ -275,7 +278,7 @@ def export(settings: TrainSettings, session: Session, policy: Any, template: Tem
         session.facts["normalised"] = bring_to_zero(settings, policy, template, rows)
     if isinstance(policy, ScalarLM):
         policy.model.config.reward_shift = policy.shift
-    folded = settings.tuner.merges and folds(settings.model)
+    folded = settings.tuner.merges and foldable(policy.model, settings.model)
     if folded and settings.tuner.stores:
         save_adapter(settings.tuner, policy.model, session.folder / "adapter", settings.model)
     if folded:
@@ -287,7 +290,7 @@ def export(settings: TrainSettings, session: Session, policy: Any, template: Tem
     write(policy, settings.tuner, settings.model, folded, template, session.folder / "model")
     if settings.critic is not None and not settings.critic.shared:
         source, tuner = settings.critic.model or settings.model, settings.critic.tuner
-        if folded := tuner.merges and folds(source):
+        if folded := tuner.merges and foldable(policy.critic.model, source):
             tuner.merge(policy.critic.model)
         write(policy.critic, tuner, source, folded, template, session.folder / "critic")
 

@@ -17,6 +17,7 @@ from posttrain.tasks import Task
 from posttrain.training.optim import AdamW, Optimizer
 from posttrain.tuners import Full, Tuner
 from posttrain.tuners.below import folds
+from posttrain.tuners.tuner import refuse_quantized
 
 ANSWERED = frozenset({"Conversation", "Completion", "Preference", "Labelled", "Ranking"})
 HELD_OUT = frozenset({"Conversation", "Completion", "Text"})  # rows whose loss can be measured beside an objective that samples
@@ -333,6 +334,8 @@ class TrainSettings(Settings):
         self.validation.evaluation.check(self.model)
 
     def _check_below(self, source: ModelSource, tuner: Tuner, path: str) -> None:
+        if source.is_quantized():
+            refuse_quantized(tuner, str(source.path or f"stage {source.stage}"))
         if not tuner.stores and source.path is not None and not folds(source):
             raise RecipeError(
                 f"{path}: {tuner.kind} would move the weights below the adapter {source.path}, which cannot be folded into them; "

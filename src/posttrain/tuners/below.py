@@ -9,10 +9,10 @@ from posttrain.tuners.tuner import Tuner
 
 
 def folds(source: ModelSource) -> bool:
-    """Whether a model consists of weights alone once it is loaded: all adapters on the way to it can be folded in."""
+    """Whether a model consists of weights alone once it is loaded: numbers into which all adapters on the way can be folded."""
     below = source.below()
     if below is None:
-        return True
+        return not source.is_quantized()
     folder = source.folder()
     assert folder is not None
     known = about_adapter(folder)

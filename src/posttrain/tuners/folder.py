@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.errors import ModelError
+from posttrain.models.quantized import quantized
 from posttrain.models.source import ADAPTER, HUB, PEFT, ModelSource, about_adapter
 from posttrain.paths import named
 from posttrain.tuners.below import folds, kind_of_peft, made_of
@@ -35,6 +36,8 @@ def save_adapter(tuner: Tuner, model: PreTrainedModel, folder: Path, base: Model
     known: dict[str, Any] = {
         "tuner": tuner.model_dump(mode="json"), "base": base.path, "revision": base.revision, "weights": base.weights(),
     }  # fmt: skip
+    if base.quantize is not None:
+        known |= {"quantize": base.quantize, "double": base.double}
     local = base.folder()
     if local is not None and not str(base.path).startswith("posttrain:"):
         known["beside"] = os.path.relpath(local, folder)  # where the two folders are moved together
@@ -69,13 +72,18 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: ModelSource) -> dic
     if scores(model):  # of a language model's adapter, for a critic that begins as it
         state = {name: each for name, each in state.items() if not name.startswith("lm_head.")}
     try:
-        _put_in(model, folder, known.get("tuner"), peft, state, folds(base))
+        _put_in(model, folder, known.get("tuner"), peft, state, foldable(model, base))
         if head is not None:
             _put_head(model, head)
     except ModelError as error:
         raise ModelError(f"{named(folder)}: {error}") from None
     model.requires_grad_(False)
     return known
+
+
+def foldable(model: PreTrainedModel, source: ModelSource) -> bool:
+    """Whether a loaded model consists of weights alone, into which what is learned on it can be folded."""
+    return folds(source) and not quantized(model)
 
 
 def _put_in(

@@ -25,6 +25,10 @@ class Full(Tuner, kind="full"):
     keep_zeros: bool = False
     """Weights of the blocks' linear layers that are 0 at the start stay 0: for a pruned model (docs/compress.md)."""
 
+    @property
+    def changes_weights(self) -> bool:
+        return True
+
     def install(self, model: "PreTrainedModel") -> None:
         model.requires_grad_(True)
         if self.keep_zeros:
@@ -84,6 +88,10 @@ class Layers(InPlace, kind="layers"):
         if (self.last, self.train, self.freeze, self.rate_decay, self.unfreeze) == (None, ["*"], [], 1.0, 0.0):
             raise ValueError("moves every layer, as it is set: give last, train or freeze, or take tuner full")
         return self
+
+    @property
+    def changes_weights(self) -> bool:
+        return True
 
     def install(self, model: "PreTrainedModel") -> None:
         names = list(own_parameters(model))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import RecipeError
+from posttrain.errors import ModelError, RecipeError
 from posttrain.tuners.tuner import Tuner, in_dtype_of, tuned
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ def fold(model: "PreTrainedModel") -> None:
     """Folds all of a model's layers of peft's into the weights of those that they stand for; rounded once, from float32."""
     from peft.tuners.lora import LoraLayer
 
+    from posttrain.models.quantized import quantized
+
+    if quantized(model):
+        raise ModelError("the weights below this adapter are quantised: codes of a few bits cannot take a difference up")
     for path, layer in layers_of(model).items():
         if isinstance(layer, LoraLayer):
             _fold_lora(layer)

@@ -47,17 +47,17 @@ class LoRA(Injected, kind="lora"):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        if self.dora and self._moves_base:
+        if self.dora and self.changes_weights:
             raise ValueError(f"dora keeps the lengths of the weights, and init: {self.init} changes the weights; take one")
         return self
 
     @property
-    def _moves_base(self) -> bool:
+    def changes_weights(self) -> bool:
         return self.init in {"pissa", "olora"}
 
     @property
     def reversible(self) -> bool:
-        return not self._moves_base
+        return not self.changes_weights
 
     def config(self, model: "PreTrainedModel") -> "LoraConfig":
         from peft import LoraConfig
@@ -73,7 +73,7 @@ class LoRA(Injected, kind="lora"):
 
     def install(self, model: "PreTrainedModel") -> None:
         super().install(model)
-        if self._moves_base:
+        if self.changes_weights:
             model.lora_before = {name: each.clone() for name, each in super().state(model).items()}
 
     def _check_targets(self, model: "PreTrainedModel") -> None:
@@ -102,7 +102,7 @@ class LoRA(Injected, kind="lora"):
         import torch
 
         found = super().state(model)
-        if not self._moves_base:
+        if not self.changes_weights:
             return found
         before = model.lora_before
         return {
@@ -116,7 +116,7 @@ class LoRA(Injected, kind="lora"):
 
         config: Any = copy(super().peft_config(model))
         config.target_modules = sorted(config.target_modules)  # a set has another order in every process
-        if self._moves_base:
+        if self.changes_weights:
             config.r, config.init_lora_weights = 2 * self.rank, True
             config.lora_alpha = self.alpha * (math.sqrt(2) if self.rslora else 2)
         return config

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from posttrain.component import Component
-from posttrain.errors import ModelError
+from posttrain.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,11 @@ class Tuner(Component):
     @property
     def reversible(self) -> bool:
         """Whether switching the tuner off gives back the model that it was installed into."""
+        return False
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether it changes matrices of the model's own, which must be numbers then, and not codes of a few bits."""
         return False
 
     def install(self, model: "PreTrainedModel") -> None:
@@ -86,6 +91,15 @@ class Tuner(Component):
 def tuned(model: "nn.Module") -> "dict[str, nn.Parameter]":
     """The parameters that move, by name; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def refuse_quantized(tuner: Tuner, whose: str) -> None:
+    """Raises RecipeError for a tuner that changes weights which are codes; to be called where they are."""
+    if tuner.changes_weights:
+        raise RecipeError(
+            f"tuner {tuner.kind}: would change the weights of {whose}, which are quantised and stay as they are; take one that "
+            "learns beside them, such as lora with init: kaiming, or a model that is not quantised"
+        )
 
 
 def in_dtype_of(model: "PreTrainedModel") -> "torch.dtype":
