@@ -1,8 +1,8 @@
 """T17: rounding to 4 bits costs little, to 3 bits more; GPTQ costs less than the nearest point, NF4 less than equal steps.
 
 tiny-base on stories, arXiv 2210.17323: every linear layer of the blocks, one grid a row, asymmetric; GPTQ and AWQ calibrated on
-12,288 tokens of other stories. Nats a token are compared seed by seed, a seed being which stories are read. NF4 (arXiv 2305.14314)
-and symmetric 4-bit integers, both in blocks of 64, on normal draws and on tiny-base's own matrices.
+12,288 tokens of other stories. Nats a token are compared seed by seed, a seed being which stories are read. NF4 (arXiv
+2305.14314) and symmetric 4-bit integers, both in blocks of 64, on normal draws and on tiny-base's own matrices.
 """
 
 import math
@@ -20,9 +20,9 @@ CLAIM = Claim(
     "T17",
     "Perplexity: full ≤ GPTQ at 4 bits ≤ nearest at 4 bits, and 3 bits widen the gap; NF4 loses less of normal weights than int4",
     "arXiv 2210.17323, 2305.14314",
-    "each difference in nats a token, paired by seed, above 0 by more than 2 s.e.: GPTQ 4 − full, nearest 4 − GPTQ 4, and (nearest "
-    f"− GPTQ) at 3 − at 4 bits; relative squared error NF4 {ERRORS['nf4']}, int4 {ERRORS['int4']} within {WITHIN:.0%} on normal "
-    "draws, and NF4's the smaller on tiny-base's matrices",
+    "each difference in nats a token, paired by seed, above 0 by more than 2 s.e.: GPTQ 4 − full, nearest 4 − GPTQ 4, and "
+    f"(nearest − GPTQ) at 3 − at 4 bits; relative squared error NF4 {ERRORS['nf4']}, int4 {ERRORS['int4']} within "
+    f"{WITHIN:.0%} on normal draws, and NF4's the smaller on tiny-base's matrices",
 )
 SETTINGS: dict[str, Any] = {
     "seeds": [1, 2, 3, 4, 5], "bits": [4, 3], "methods": ["rtn", "gptq", "awq"], "calibrate": 48, "measure": 64, "draws": 1 << 22,

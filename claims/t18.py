@@ -1,9 +1,9 @@
 """T18: what a weight is multiplied with decides whether it can be left out. arXiv 2306.11695, 2301.00774.
 
 tiny-base on stories, with outlier features put in that change nothing of what it computes: in each block some inputs of every
-layer that a norm or a gate stands before are 20 times as large, and the weights that read them a 20th. Half of the blocks' weights
-are left out, or 2 of every 4, by magnitude (within each layer), by Wanda and by SparseGPT, which look at 12,288 tokens of other
-stories. A seed decides which features and which stories.
+layer that a norm or a gate stands before are 20 times as large, and the weights that read them a 20th. Half of the blocks'
+weights are left out, or 2 of every 4, by magnitude (within each layer), by Wanda and by SparseGPT, which look at 12,288
+tokens of other stories. A seed decides which features and which stories.
 """
 
 import math
@@ -20,8 +20,8 @@ CLAIM = Claim(
     "T18",
     "With outlier features SparseGPT ≤ Wanda < magnitude at 50%, and 2:4 is worse than 50% anywhere",
     "arXiv 2306.11695, 2301.00774",
-    "each difference in nats a token, paired by seed, above 0 by more than 2 s.e.: Wanda − SparseGPT, magnitude − Wanda, and 2:4 − "
-    f"50% for each method; log-probabilities with the features within {UNCHANGED:g} nats of those without",
+    "each difference in nats a token, paired by seed, above 0 by more than 2 s.e.: Wanda − SparseGPT, magnitude − Wanda, and 2:4 "
+    f"− 50% for each method; log-probabilities with the features within {UNCHANGED:g} nats of those without",
 )
 SETTINGS: dict[str, Any] = {
     "seeds": [1, 2, 3, 4, 5], "methods": ["magnitude", "wanda", "sparsegpt"], "features": 3, "times": 20.0, "calibrate": 48,

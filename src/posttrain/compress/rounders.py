@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from posttrain.compress.calibration import Seen
     from posttrain.models.integers import Integers
     from posttrain.models.lm import LM
+    from posttrain.models.quantized import Quantized
 
 FEW = 2  # rows on which a fold is tried
 
@@ -24,6 +25,8 @@ class Rounder(Component):
 
     reads: ClassVar[bool] = True
     """Whether it looks at what layers see on calibration rows."""
+    grid: ClassVar[bool] = True
+    """Whether it rounds to equal steps, of which there are some to choose."""
 
     def quantize(
         self, lm: "LM", blocks: "Sequence[Block]", rows: "Sequences | None", grid: dict[str, Any]
@@ -43,6 +46,15 @@ class Rounder(Component):
                 put(block.layers[path], each.dense())
             found |= codes
         return found
+
+    def layers(
+        self, lm: "LM", blocks: "Sequence[Block]", rows: "Sequences | None", grid: dict[str, Any]
+    ) -> "dict[str, Quantized]":
+        """What stands in the places of the blocks' layers afterwards."""
+        from posttrain.models.integers import Whole
+
+        biases = {path: getattr(layer, "bias", None) for block in blocks for path, layer in block.layers.items()}
+        return {path: Whole.of(codes, biases[path]) for path, codes in self.quantize(lm, blocks, rows, grid).items()}
 
     def rounded(
         self, lm: "LM", block: "Block", rows: "Sequences | None", seen: "dict[str, Seen]", grid: dict[str, Any]
@@ -114,3 +126,24 @@ class AWQ(Rounder, kind="awq"):
             shrink = awq_shrink(matrix_of(layer), moments[path], **grid) if cut else 1.0
             found[path] = nearest(matrix_of(layer), **grid, shrink=shrink)
         return found
+
+
+class NormalFloat(Rounder, kind="nf4"):
+    """Four bits by the quantiles of a normal distribution, in blocks of 64; arXiv 2305.14314."""
+
+    reads = False
+    grid = False
+    double: bool = False
+    """Keep the blocks' magnitudes in 8 bits too: 4.13 bits a weight in place of 4.5."""
+
+    def layers(
+        self, lm: "LM", blocks: "Sequence[Block]", rows: "Sequences | None", grid: dict[str, Any]
+    ) -> "dict[str, Quantized]":
+        from posttrain.compress.blocks import matrix_of
+        from posttrain.models.quantized import NF4
+
+        return {
+            path: NF4.of(matrix_of(layer), getattr(layer, "bias", None), self.double)
+            for block in blocks
+            for path, layer in block.layers.items()
+        }

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.compress.compensation import BLOCK, compensated, edges_of, inverse_factor, output_error
-from posttrain.models.integers import Integers
+from posttrain.models.integers import WHOLE_ROW, Integers
 from posttrain.models.products import wide
 
 Group = int | Literal["channel", "tensor"]
@@ -53,8 +53,8 @@ def coded(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def integers(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: Group, symmetric: bool) -> Integers:
-    width = width_of(group, codes.shape[1])
-    return Integers(codes.to(torch.uint8), scale, None if symmetric else zero.to(torch.uint8), bits, width)
+    size = group if isinstance(group, int) else WHOLE_ROW
+    return Integers(codes.to(torch.uint8), scale, None if symmetric else zero.to(torch.uint8), bits, size)
 
 
 def nearest(

@@ -43,6 +43,8 @@ class Compression(Stage):
 
     def check(self) -> None:
         self.model.check()
+        if self.model.is_quantized():
+            raise RecipeError(f"model: {self.model.path} is quantised already; take the model as it was before")
         if self.model.path is not None and not folds(self.model):
             raise RecipeError(
                 f"model: the adapter {self.model.path} cannot be folded into the weights, which are what is made smaller; "
