@@ -36,7 +36,7 @@ def _of(before: LM, after: LM, seqs: Sequences) -> Float[Tensor, "4 N"]:
     parts = [torch.empty(4, 0, dtype=torch.float64, device=new.device)]
     for start in range(0, len(new), step):
         part = slice(start, start + step)
-        theirs, ours = before.project(old[part]).to(new.device).double(), after.project(new[part]).double()  # of 8 bits it is small
+        theirs, ours = before.project(old[part]).to(new.device).double(), after.project(new[part]).double()  # KLs are small
         old_logp, new_logp = theirs.log_softmax(-1), ours.log_softmax(-1)
         kl = (old_logp.exp() * (old_logp - new_logp)).sum(-1)
         nll = [-each.gather(1, wanted[part, None])[:, 0] for each in (new_logp, old_logp)]
