@@ -23,6 +23,7 @@ from benchmarks.models import HOME, SHAPES, model_folder
 from benchmarks.pairs import ALPHA, RANK, reward_folder
 from benchmarks.sft import size_of_work
 from benchmarks.start import BINARIES, ROWS, write_rows
+from benchmarks.tuners import TUNERS
 
 THREADS = "2"
 KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -229,6 +230,26 @@ def sampling(say: Callable[[str], None]) -> dict[str, Any]:
     return found
 
 
+def tuners(say: Callable[[str], None]) -> dict[str, Any]:
+    """What training holds under tuners that move little: the peak, of full fine-tuning's and of TRL's with peft."""
+    steps, shape = 4, "wide"
+    settings = {what: {"shape": shape, "steps": steps, "what": what} for what in TUNERS}
+    ours = {what: measured("tuners", "posttrain", asked) for what, asked in settings.items()}
+    theirs = {what: measured("tuners", "trl", asked) for what, asked in settings.items() if what != "bitfit"}  # peft has none
+    say(f"\n**Memory by what moves** (SFT, {SHAPES[shape].layer_weights / 1e6:,.0f}M weights in the layers, mixed precision)\n")
+    say("| tuner | peak MB | of full | tokens/s | TRL with peft, peak MB | ours of it | our speed of its | losses apart by |")
+    say("|---|---|---|---|---|---|---|---|")
+    for what, run in ours.items():
+        cells = [f"{run['peak']:,.0f}", f"{run['peak'] / ours['full']['peak']:.2f}", f"{rate(run):,.0f}"]
+        if what in theirs:
+            other = theirs[what]
+            off = gap(run["losses"][:1], other["losses"][:1])
+            same = [f"{run['peak'] / other['peak']:.2f}", f"{rate(run) / rate(other):.2f}"] if off < 1e-3 else ["", ""]
+            cells += [f"{other['peak']:,.0f}", *same, f"{off:.1g}"]
+        say(f"| {what} | {' | '.join(cells + ['–'] * (7 - len(cells)))} |")
+    return {"posttrain": ours, "TRL": theirs}
+
+
 def start(say: Callable[[str], None]) -> dict[str, Any]:
     """How long a user waits."""
     model = str(model_folder("4k"))
@@ -263,9 +284,12 @@ def start(say: Callable[[str], None]) -> dict[str, Any]:
     return found
 
 
+OTHERS = {"tuners": tuners, "sampling": sampling, "start": start}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=[*WORKS, "sampling", "start"], default=[*WORKS, "sampling", "start"])
+    parser.add_argument("--only", nargs="+", choices=[*WORKS, *OTHERS], default=[*WORKS, *OTHERS])
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     HOME.mkdir(parents=True, exist_ok=True)
@@ -289,10 +313,9 @@ def main() -> None:
         for name, result in results.items():
             if WORKS[name].module == "sft":
                 shares(WORKS[name], result, top, say)
-    if "sampling" in asked.only:
-        results["sampling"] = sampling(say)
-    if "start" in asked.only:
-        results["start"] = start(say)
+    for name, section in OTHERS.items():
+        if name in asked.only:
+            results[name] = section(say)
     say(f"\n{THREADS} threads; copy {top['copy']:.0f} GB/s; {asked.rounds} rounds.")
     (HOME / "results.json").write_text(json.dumps({"ceilings": top, **results}, indent=1))
     (HOME / "results.md").write_text("\n".join(lines) + "\n")

@@ -16,6 +16,7 @@ FIGURES = {  # of a run, by the name of its folder: the figures, and the objecti
     "tiny_base": {"pretrain": ["pretrain"]},
     "rlhf_sentiment": {"preference": ["dpo"], "unpaired": ["kto"], "reward_models": ["bradley_terry"], "ppo": ["ppo"]},
     "online": {"online": ["online_dpo", "xpo"]},
+    "classify": {"classify": ["classify"]},
 }
 PANELS = {
     "sft": ["nll", "pass@1"],
@@ -26,11 +27,13 @@ PANELS = {
     "reward_models": ["loss/ranking", "accuracy", "gap"],
     "ppo": ["reward", "kl", "value_error"],
     "online": ["reward", "accuracy", "margin"],
+    "classify": ["loss/label", "accuracy"],
 }
 NAMES = {
     "nll": "loss (nats a token)", "pass@1": "validation pass@1", "entropy": "entropy (nats a token)",
     "margin": "margin (nats)", "chosen_logp": "log p of chosen answers", "good_ratio": "log-ratio of good answers",
     "bad_ratio": "log-ratio of bad answers", "point": "reference point (nats)", "loss/ranking": "loss (nats a pair)",
+    "loss/label": "loss (nats a text)",
     "gap": "chosen less rejected score", "kl": "KL to the start (nats an answer)", "value_error": "squared error of the critic",
 }  # fmt: skip
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]

@@ -71,11 +71,11 @@ def test_distances_are_those_of_all_logits():
                 nll -= float(q[place - 1, tokens[place]])
                 count += 1
     assert found["kl"].value == pytest.approx(kl / count, rel=1e-4)
-    assert found["logit_mse"].value == pytest.approx(mse / count, rel=1e-4)
+    assert found["logit_gap"].value == pytest.approx(mse / count, rel=1e-4)
     assert found["nll"].value == pytest.approx(nll / count, rel=1e-5)
     assert found["kl"].value > 1e-6
     same = distance(one, one, SEQS)
-    assert same["kl"].value == same["logit_mse"].value == 0.0
+    assert same["kl"].value == same["logit_gap"].value == 0.0
     assert same["nll"] == same["nll_before"]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from posttrain.data.dataset import Data
 from posttrain.paths import resolve
+from posttrain.tasks import choice as choice  # whose format is registered with it
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import arith_steps_data
@@ -19,6 +20,8 @@ WORDED = {"kind": "labelled", "good": "positive"}
 FILES = {
     "arith_steps.jsonl.gz": ("steps", 5_432),
     "arith_steps_test.jsonl": ("steps", 300),
+    "commonsense_train.jsonl.gz": ("choice", 1_600),
+    "commonsense_test.jsonl.gz": ("choice", 400),
     "hh_harmless_train.jsonl.gz": ("preference", 1_676),
     "hh_harmless_test.jsonl.gz": ("preference", 250),
     "hh_helpful_train.jsonl.gz": ("preference", 1_713),
@@ -57,6 +60,15 @@ def test_every_row_reads_and_has_an_id_of_its_own(name):
 def test_no_prompt_of_a_test_is_learned_from(train, test):
     learned = {json.dumps(row["prompt"]) for row in shipped(train)}
     assert not [row["id"] for row in shipped(test) if json.dumps(row["prompt"]) in learned]
+
+
+def test_no_question_of_a_test_is_learned_from_and_every_answer_is_one_of_the_choices():
+    train, test = shipped("commonsense_train"), shipped("commonsense_test")
+    assert not {row["question"] for row in train} & {row["question"] for row in test}
+    for row in train + test:
+        assert row["labels"] == ["A", "B", "C", "D", "E"]
+        assert row["answer"] in row["labels"]
+        assert len(row["choices"]) == 5
 
 
 def text(row):
@@ -123,7 +135,7 @@ def test_the_makers_write_the_same_bytes_each_time(tmp_path):
         rlhf_sentiment_data.main(*(str(tmp_path / name) for name in ("train", "test", "reviews", folder)))
         arith_steps_data.main(tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == sorted(name for name in FILES if not name.startswith("hh_"))
+    assert names == sorted(name for name in FILES if not name.startswith(("hh_", "commonsense_")))
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
         if name.endswith(".gz"):

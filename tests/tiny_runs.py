@@ -56,6 +56,8 @@ RANKED = inline(
 STEPPED = inline(
     *({"prompt": f"What is {a} + {b}?", "steps": [f"{a} and {b}.", f"It is {a + b}."], "labels": [1, b % 2]} for a, b in SUMS)
 )
+CLASSIFIED = inline(*({"text": f"What is {a} + {b}?" + " Yes." * b, "label": ["few", "many"][a + b > 4]} for a, b in SUMS))
+CLASSIFIED["format"] = "classified"
 FEW: dict[str, Any] = {"rows": 5, "micro_tokens": 90}
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -71,6 +73,7 @@ COMPARED: dict[str, dict[str, Any]] = {  # those that learn from comparisons, la
     "ranking_reward": {"objective": "ranking_reward", "data": RANKED, "batch": FEW},
     "process_reward": {"objective": "process_reward", "data": STEPPED, "batch": FEW},
     "ppo": {"objective": "ppo", "task": TASK, "rollout": ROLLOUT, "critic": {"shared": True}},
+    "classify": {"objective": "classify", "data": CLASSIFIED, "batch": FEW},
 }
 TUNERS: dict[str, dict[str, Any]] = {"full": {"tuner": "full"}, "lora": {"tuner": {"kind": "lora", "rank": 4}}}
 OTHERS: dict[str, dict[str, Any]] = {

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from posttrain.models.roles import Frozen
     from posttrain.text import RenderedRow
 
 
@@ -327,6 +328,39 @@ class Stepped(Answers):
 
     def select(self, rows: Sequence[int]) -> "Stepped":
         return Stepped(self.seqs.select(rows), self.right[self.seqs.trained_tokens(rows)])
+
+
+@dataclass(frozen=True, slots=True)
+class Classified(Answers):
+    """Texts with what is to be said of each: the number of its class, or a number (K = 1); 0 or 1 for each of K labels."""
+
+    target: Float[Tensor, "B K"]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence["RenderedRow"]) -> "Classified":
+        target = torch.tensor([row.numbers for row in rows], dtype=torch.float32)
+        return cls(Sequences.of([row.sequences[0] for row in rows]), target)
+
+    def select(self, rows: Sequence[int]) -> "Classified":
+        rows = sorted(rows)
+        return Classified(self.seqs.select(rows), self.target[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Taught(Answers):
+    """Answers that another model is asked about, token by token, while they are learned from: nothing of size [N, V] is kept."""
+
+    teacher: "Frozen | None" = None
+
+    @classmethod
+    def from_rows(cls, rows: Sequence["RenderedRow"]) -> "Taught":
+        return cls(Sequences.from_rows(rows))
+
+    def select(self, rows: Sequence[int]) -> "Taught":
+        return Taught(self.seqs.select(rows), self.teacher)
+
+    def to(self, device: "torch.device | str") -> "Taught":
+        return Taught(self.seqs.to(device), self.teacher)  # who stays where it is
 
 
 def _columns(rows: Sequence["RenderedRow"], count: int) -> list[Float[Tensor, " B"]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from posttrain.cli import chat, compress, data, evaluate, init, kinds, report, run, sample
+from posttrain.cli import chat, compress, data, delta, evaluate, init, kinds, report, run, sample
 
 app = typer.Typer(
     name="posttrain",
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "sample": sample.sample,
     "chat": chat.chat,
+    "delta": delta.delta,
     "quantize": compress.quantize,
     "prune": compress.prune,
     "report": report.report,

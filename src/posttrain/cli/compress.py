@@ -33,8 +33,8 @@ def prune(model: Model, out: Out, settings: Given = None, as_json: Json = False)
 def _make(kind: str, model: str, out: Path, settings: list[str], as_json: bool) -> None:
     from posttrain import yaml
     from posttrain.errors import InputError
-    from posttrain.pipeline.compress import Compression
     from posttrain.pipeline.recipe import Recipe
+    from posttrain.pipeline.smaller import Smaller
 
     document = yaml.Document({"stages": {kind: {"kind": kind, "model": model}}}, "command line")
     recipe = Recipe.of(document, [f"stages.{kind}.{setting}" for setting in settings], kind)
@@ -42,7 +42,7 @@ def _make(kind: str, model: str, out: Path, settings: list[str], as_json: bool) 
     if out.exists():
         raise InputError(f"{out}: is there already; name a folder that is not, so that no model is overwritten")
     stage = recipe.stages[kind]
-    assert isinstance(stage, Compression)
+    assert isinstance(stage, Smaller)
     record = stage.make(out, lambda line: typer.echo(line, err=True))
     print(json.dumps(record) if as_json else "\n".join(lines(record)))
 
@@ -61,7 +61,7 @@ def lines(record: dict[str, Any]) -> list[str]:
         said.append(f"{'nats/token':10} {metrics['nll_before']['value']:12.4f} {metrics['nll']['value']:12.4f}")
     said += [f"bits a weight of the matrices: {record['bits']:.3f}"] if "bits" in record else []
     said += [f"weights left out: {record['sparsity']:.2%} of the matrices'"] if "sparsity" in record else []
-    for name, words in (("kl", "KL(before || after), nats a token"), ("logit_mse", "mean squared change of the logits")):
+    for name, words in (("kl", "KL(before || after), nats a token"), ("logit_gap", "mean squared change of the logits")):
         if name in metrics:
             value, low, high = (metrics[name][each] for each in ("value", "low", "high"))
             said.append(f"{words}: {value:.5f}" + ("" if low is None else f" ({low:.5f} to {high:.5f})"))

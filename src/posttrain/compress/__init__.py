@@ -1,1 +1,1 @@
-"""Smaller models: rounding weights to few bits, and leaving weights out."""
+"""Making models smaller, and saying by how much and at what price."""

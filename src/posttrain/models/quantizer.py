@@ -145,7 +145,8 @@ class _Read(ConversionOps):
 
 def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The linear layers below a model's head by path, GPT-2's transposed ones among them."""
-    below = {id(each) for each in model.base_model.modules() if isinstance(each, nn.Linear | Conv1D)}
+    inside = model.base_model.named_modules()
+    below = {id(each) for path, each in inside if isinstance(each, nn.Linear | Conv1D) and not path.startswith("pooler.")}
     return {path: module for path, module in model.named_modules() if id(module) in below}
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, model_validator
 
 from posttrain.compress.pruners import Magnitude, Pruner, Wanda
-from posttrain.pipeline.compress import Compression
+from posttrain.pipeline.smaller import Smaller
 from posttrain.pipeline.stage import Metrics
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 HALF = 0.5
 
 
-class Prune(Compression, kind="prune"):
+class Prune(Smaller, kind="prune"):
     """Leaves out weights of a model's blocks; writes an ordinary transformers folder with zeros in their places.
 
     Says how many, what the model would take where only the others are stored, and how far it is from what it was.

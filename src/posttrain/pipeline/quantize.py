@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import PositiveInt, model_validator
 
 from posttrain.compress.rounders import Nearest, Rounder
-from posttrain.pipeline.compress import Compression
+from posttrain.pipeline.smaller import Smaller
 from posttrain.pipeline.stage import Metrics
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from posttrain.models.load import Loaded
 
 
-class Quantize(Compression, kind="quantize"):
+class Quantize(Smaller, kind="quantize"):
     """Rounds a model's matrices to few bits; writes a folder that posttrain loads everywhere, and transformers too.
 
     Integers are in the format of compressed-tensors (pack-quantized), nf4 in that of bitsandbytes. The codes stay as they are in

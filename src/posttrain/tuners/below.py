@@ -17,7 +17,7 @@ def folds(source: ModelSource) -> bool:
     assert folder is not None
     known = about_adapter(folder)
     tuner = kind_of_peft(known["peft"]) if "peft" in known else made_of(known["tuner"])
-    return (tuner is None or tuner.merges) and folds(below)
+    return (tuner is None or (tuner.merges and not tuner.kept_apart)) and folds(below)
 
 
 def made_of(settings: Mapping[str, Any]) -> Tuner:

@@ -48,15 +48,20 @@ class InPlace(Tuner):
         """Nothing to fold: the weights are the model's own."""
 
     def state(self, model: "PreTrainedModel") -> "dict[str, Tensor]":
-        return {name: each.detach() for name, each in tuned(model).items() if name != "score.weight"}  # kept under any tuner
+        from posttrain.models.heads import head_parameters
+
+        kept = head_parameters(model)  # under any tuner
+        return {name: each.detach() for name, each in tuned(model).items() if name not in kept}
 
 
 def own_parameters(model: "PreTrainedModel") -> "dict[str, nn.Parameter]":
     """A model's parameters without those of adapters that stand frozen below a tuner."""
-    from posttrain.models import soft
+    from posttrain.models import delta, soft
     from posttrain.tuners.bottleneck import bottlenecks
 
     added = [each for part in (*soft.all_of(model), *bottlenecks(model).values()) for each in part.parameters()]
+    below = delta.active(model)
+    added += [] if below is None else below.scales.values()
     for layer in layers_of(model).values():
         added += [each for name, each in layer.named_parameters() if not name.startswith("base_layer.")]
     foreign = {id(each) for each in added}

@@ -1,24 +1,32 @@
 """LoRA: low-rank updates of linear layers; parameters and file format are peft's."""
 
 import math
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from posttrain.component import did_you_mean
 from posttrain.errors import RecipeError
-from posttrain.tuners.injected import Injected, task_of
+from posttrain.tuners.injected import ADAPTER, Injected, layers_of, task_of
 from posttrain.tuners.places import linears
+from posttrain.tuners.tuner import in_dtype_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from posttrain.batch import Sequences
+    from posttrain.models.backbone import Backbone
+
 OTHER_SENSES = ("vision", "visual", "audio")  # parts of a multimodal model that text does not train
 BEGINNINGS: dict[str, Any] = {
-    "kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "olora": "olora", "pissa": "pissa"
+    "kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "olora": "olora", "pissa": "pissa",
+    "eva": True,  # until `begin`
 }  # fmt: skip
+
 
 class LoRA(Injected, kind="lora"):
     """y = W x + (alpha / rank) B A x with W frozen, B = 0 at the start. arXiv 2106.09685. rank x (inputs + outputs) parameters.
@@ -39,9 +47,11 @@ class LoRA(Injected, kind="lora"):
     """Scale by alpha / sqrt(rank): arXiv 2312.03732."""
     dora: bool = False
     """Learn the length of each row of the weights apart from its direction, which the update turns: arXiv 2402.09353."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "olora", "pissa"] = "kaiming"
-    """How A begins (B with 0). pissa, olora: both with the weights' own largest directions (arXiv 2404.02948, 2406.01775), which
-    are taken out of the frozen part; the file is then a LoRA of twice the rank on the weights as they were."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "eva", "olora", "pissa"] = "kaiming"
+    """How A begins (B with 0). eva: with the directions in which a layer's inputs vary most on the stage's own rows; layers get
+    from 1 to 2 x rank of them, rank on average (arXiv 2410.07170). pissa, olora: A and B with the weights' own largest directions
+    (2404.02948, 2406.01775), which are taken out of the frozen part; the file is then a LoRA of twice the rank on the weights as
+    they were."""
     b_rate: PositiveFloat = 1.0
     """B learns so many times as fast as A: LoRA+ takes 16 (arXiv 2402.12354)."""
 
@@ -59,16 +69,23 @@ class LoRA(Injected, kind="lora"):
     def reversible(self) -> bool:
         return not self.changes_weights
 
+    @property
+    def reads_rows(self) -> bool:
+        return self.init == "eva"
+
     def config(self, model: "PreTrainedModel") -> "LoraConfig":
         from peft import LoraConfig
 
+        from posttrain.models.heads import head_parts
+
         self._check_targets(model)
         names = {name for path in linears(model) for name in path.split(".")}
-        elsewhere = sorted(name for name in names if any(one in name for one in OTHER_SENSES))
+        elsewhere = [rf".*{name}.*" for name in sorted(names) if any(one in name for one in OTHER_SENSES)]
+        elsewhere += [rf"{re.escape(path)}(\..*)?" for path in head_parts(model)]
         return LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, use_rslora=self.rslora, use_dora=self.dora,
             init_lora_weights=BEGINNINGS[self.init], task_type=task_of(model),
-            exclude_modules=rf".*({'|'.join(elsewhere)}).*" if elsewhere else None,
+            exclude_modules="|".join(elsewhere) or None,
         )  # fmt: skip
 
     def install(self, model: "PreTrainedModel") -> None:
@@ -76,21 +93,56 @@ class LoRA(Injected, kind="lora"):
         if self.changes_weights:
             model.lora_before = {name: each.clone() for name, each in super().state(model).items()}
 
+    def observe(self, lm: "Backbone", rows: "Sequences") -> "dict[str, Tensor]":
+        """{layer: A as it begins, [its rank, inputs]}"""
+        from posttrain.tuners.eva import directions
+
+        return directions(lm, rows, self._own_layers(lm.model), self.rank)
+
+    def begin(self, model: "PreTrainedModel", found: "Mapping[str, Tensor]") -> None:
+        """A and B of the ranks that were found. Every layer's update is scaled as the recipe says, whatever its rank.
+
+        A layer that no row has reached (an expert) stays as it is.
+        """
+        from torch import nn
+
+        config: Any = model.peft_config[ADAPTER]
+        layers = self._own_layers(model)
+        for path, directions in found.items():
+            layer, rank = layers[path], len(directions)
+            a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            a.weight = nn.Parameter(directions.to(a.weight.device, in_dtype_of(model)))
+            b.weight = nn.Parameter(a.weight.new_zeros(b.out_features, rank))
+            layer.r[ADAPTER] = a.out_features = b.in_features = rank
+            if rank != self.rank:
+                share = rank / self.rank
+                config.rank_pattern[path] = rank
+                config.alpha_pattern[path] = self.alpha * (math.sqrt(share) if self.rslora else share)
+
+    def _own_layers(self, model: "PreTrainedModel") -> dict[str, Any]:
+        """Those that this tuner stands in, by path."""
+        layers: dict[str, Any] = dict(layers_of(model))
+        return {path: each for path, each in layers.items() if ADAPTER in getattr(each, "lora_A", {})}
+
     def _check_targets(self, model: "PreTrainedModel") -> None:
         """Raises RecipeError where a target names no linear layer of this model, or one that must not be."""
+        from posttrain.models.heads import head_parts
+
         if self.targets == "all-linear":
             return
         head = model.get_output_embeddings()
-        if head is None and "score" in self.targets:
-            raise RecipeError("tuner.targets: score is trained in full beside any tuner; leave it out")
+        above = {path for part in head_parts(model) for path in linears(model) if path == part or path.startswith(f"{part}.")}
         if head is not None and head.weight is model.get_input_embeddings().weight:
             tied = next(path.rpartition(".")[2] for path, module in model.named_modules() if module is head)
             if tied in self.targets:
                 raise RecipeError(
                     f"tuner.targets: {tied} shares its weights with the embeddings, so merging would change both; leave it out"
                 )
-        names = {path.rpartition(".")[2] for path in linears(model) if not any(one in path for one in OTHER_SENSES)}
+        inside = {path for path in linears(model) if not any(one in path for one in OTHER_SENSES)} - above
+        names, heads = ({path.rpartition(".")[2] for path in paths} for paths in (inside, above))
         for target in self.targets:
+            if target in heads - names:
+                raise RecipeError(f"tuner.targets: {target} is trained in full beside any tuner; leave it out")
             if target not in names:
                 raise RecipeError(f"tuner.targets: no linear layer is called {target!r}{did_you_mean(target, names)}")
 

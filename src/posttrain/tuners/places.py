@@ -22,7 +22,7 @@ NAMES: dict[str, Part] = {
     "qkv_proj": "query_key_value", "query_key_value": "query_key_value", "Wqkv": "query_key_value", "c_attn": "query_key_value",
     "o_proj": "attention_out", "out_lin": "attention_out",
     "gate_proj": "feed_forward_in", "up_proj": "feed_forward_in", "gate_up_proj": "feed_forward_in", "fc1": "feed_forward_in",
-    "c_fc": "feed_forward_in", "dense_h_to_4h": "feed_forward_in", "lin1": "feed_forward_in",
+    "c_fc": "feed_forward_in", "Wi": "feed_forward_in", "dense_h_to_4h": "feed_forward_in", "lin1": "feed_forward_in",
     "down_proj": "feed_forward_out", "fc2": "feed_forward_out", "dense_4h_to_h": "feed_forward_out", "lin2": "feed_forward_out",
 }  # fmt: skip
 OUTPUTS = {"c_proj", "dense", "out_proj", "Wo"}  # of attention, or of the feed-forward layer: their parent says which

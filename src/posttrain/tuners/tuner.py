@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from posttrain.batch import Sequences
+    from posttrain.models.backbone import Backbone
+    from posttrain.models.source import ModelSource
+
 
 class Tuner(Component):
     """Which parameters move, and how the result is stored."""
@@ -22,6 +26,8 @@ class Tuner(Component):
     """Whether the result can be folded into the model's own weights. If not, a stage's model is an adapter folder."""
     stores: ClassVar[bool] = True
     """Whether what it learns is a file of its own, smaller than the model."""
+    kept_apart: ClassVar[bool] = False
+    """Whether a stage's model is an adapter folder although the result could be folded in: its point is to be small."""
     begins_apart: ClassVar[bool] = False
     """Whether the model is another as soon as the tuner is there, before anything is learned."""
     peft_type: ClassVar[str | None] = None
@@ -39,11 +45,32 @@ class Tuner(Component):
         """Whether it changes matrices of the model's own, which must be numbers then, and not codes of a few bits."""
         return False
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it begins from what the model makes of rows: `observe` and `begin` then follow `install`."""
+        return False
+
+    @property
+    def folds_in(self) -> bool:
+        """Whether a stage folds the result into its model."""
+        return self.merges and not self.kept_apart
+
+    def check(self, model: "ModelSource") -> None:
+        """Raises InputError for what cannot stand on this model, before weights are read."""
+
     def install(self, model: "PreTrainedModel") -> None:
         """Adds what the tuner needs and leaves `requires_grad` on exactly what it trains. Draws come from torch's generator.
 
         Raises RecipeError where the tuner does not fit the architecture.
         """
+        raise NotImplementedError
+
+    def observe(self, lm: "Backbone", rows: "Sequences") -> "dict[str, Tensor]":
+        """What it wants to know of the model's inner states on some rows. Only for tuners that read rows."""
+        raise NotImplementedError
+
+    def begin(self, model: "PreTrainedModel", found: "Mapping[str, Tensor]") -> None:
+        """Begins from what `observe` found. The parameters that it trains may be others afterwards."""
         raise NotImplementedError
 
     def merge(self, model: "PreTrainedModel") -> None:
@@ -73,6 +100,16 @@ class Tuner(Component):
         with torch.no_grad():
             for name, place in places.items():
                 place.copy_(state[name])
+
+    def install_stored(self, model: "PreTrainedModel", state: "Mapping[str, Tensor]") -> None:
+        """`install` with what an adapter's file holds. Raises ModelError where it does not fit."""
+        self.install(model)
+        self.restore(model, state)
+
+    def header(self, model: "PreTrainedModel", base: "Mapping[str, Any]") -> dict[str, str] | None:
+        """What the file says of itself, for those that are used without their folder. base: what the folder says of the model
+        below: its `base` and the hash of its `weights`."""
+        return None
 
     def peft_config(self, model: "PreTrainedModel") -> "PeftConfig | None":
         """What peft needs to load the file; None where peft does not know such a tuner."""

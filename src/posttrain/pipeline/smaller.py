@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from posttrain.models.load import Loaded
 
 
-class Compression(Stage):
+class Smaller(Stage):
     """Makes a model smaller; says by how much, and how far it then is from what it was."""
 
     makes_model = True
