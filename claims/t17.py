@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "seeds": [1, 2, 3, 4, 5], "bits": [4, 3], "methods": ["rtn", "gptq", "awq"], "calibrate": 48, "measure": 64, "draws": 1 << 22,
     "processes": 2,
 }  # fmt: skip
-QUICK = {**SETTINGS, "seeds": [0], "methods": ["rtn", "gptq"], "calibrate": 4, "measure": 4, "draws": 1 << 18, "processes": 1}
+QUICK = {**SETTINGS, "seeds": [0], "methods": ["rtn", "gptq"], "calibrate": 2, "measure": 2, "draws": 1 << 17, "processes": 1}
 GRID = {"group": "channel", "symmetric": False}
 
 
