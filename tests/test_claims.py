@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from claims import __main__ as claims
-from claims import strings, t1, t2, t5, t16, t19, t21
+from claims import strings, t1, t2, t5, t16, t17, t18, t19, t21
 from claims.claim import exact, number, run
 from posttrain.batch import Sequences
 from posttrain.losses import sequence_sums
@@ -72,6 +72,24 @@ def test_the_problems_of_the_delta_are_right_and_their_answers_are_read_rightly(
         assert tokens == [t5.END, 8, 7, sign, 3, 5, t5.EQUALS, *result, t5.END]
         assert [token for token, mark in zip(tokens, marks, strict=True) if mark] == [*result, t5.END]
     assert t5.problems(t5.MINUS)[3587].sequences == asked[8735].sequences, "the larger number first"
+
+
+def test_fewer_bits_cost_more_and_nf4_loses_less_than_equal_steps(tmp_path):
+    found = quick(t17, tmp_path)
+    numbers = found["numbers"]
+    assert numbers["rtn 3 cost"]["value"] > numbers["rtn 4 cost"]["value"]
+    assert numbers["gptq 3 cost"]["value"] < numbers["rtn 3 cost"]["value"]
+    assert found["checks"]["NF4 and int4 lose what is computed for normal weights"]
+    assert found["checks"]["NF4 loses less than int4 of tiny-base's weights"]
+
+
+def test_outlier_features_change_nothing_and_pruning_by_magnitude_suffers_from_them(tmp_path):
+    found = quick(t18, tmp_path)
+    numbers = found["numbers"]
+    assert found["checks"]["the features change nothing"]
+    assert found["checks"]["2:4 is worse"]
+    assert numbers["magnitude 50% cost"]["value"] > numbers["magnitude 50% cost without features"]["value"]
+    assert numbers["magnitude minus wanda 50%"]["value"] > 0
 
 
 def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(tmp_path):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from posttrain.cli import chat, data, delta, evaluate, init, kinds, report, run, sample
+from posttrain.cli import chat, compress, data, delta, evaluate, init, kinds, report, run, sample
 
 app = typer.Typer(
     name="posttrain",
@@ -24,6 +24,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample.sample,
     "chat": chat.chat,
     "delta": delta.delta,
+    "quantize": compress.quantize,
+    "prune": compress.prune,
     "report": report.report,
     "kinds": kinds.kinds,
     "init": init.init,

@@ -16,11 +16,13 @@ from posttrain.errors import InputError, RecipeError
 from posttrain.models.source import ModelSource
 from posttrain.pipeline import classes as classes  # whose stage is registered with it
 from posttrain.pipeline.compression import MakeDelta
+from posttrain.pipeline.prune import Prune
+from posttrain.pipeline.quantize import Quantize
 from posttrain.pipeline.stage import Stage, parts, references
 from posttrain.pipeline.stages import Create, Evaluate, Train
 from posttrain.pipeline.vary import expand
 
-__all__ = ["Create", "Evaluate", "MakeDelta", "Recipe", "Train"]
+__all__ = ["Create", "Evaluate", "MakeDelta", "Prune", "Quantize", "Recipe", "Train"]
 
 GLOBAL = ("name", "seed", "title", "report")
 

@@ -1,5 +1,6 @@
 """Where the parts of a transformer's blocks are, by the names that architectures give them."""
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Part = Literal["query", "key", "value", "query_key_value", "attention_out", "feed_forward_in", "feed_forward_out"]
+
+BLOCK = re.compile(r"(?:^|\.)(?:layers|h|layer|blocks)\.(\d+)\.")  # the number of the block that a path leads into
 
 NAMES: dict[str, Part] = {
     "q_proj": "query", "query": "query", "q_lin": "query",

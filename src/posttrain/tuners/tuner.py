@@ -83,6 +83,9 @@ class Tuner(Component):
         raise NotImplementedError
         yield
 
+    def stepped(self, parameters: "Mapping[str, nn.Parameter]") -> None:
+        """Called after every optimizer step with what moves."""
+
     def state(self, model: "PreTrainedModel") -> "dict[str, Tensor]":
         """What an adapter's file holds, under the names that it has there: the model's own tensors, not copies. Empty for tuners
         that have no such file."""
