@@ -168,8 +168,8 @@ def say(numbers: dict[str, Number]) -> str:
     ]
     forgotten, learned = (shown(numbers[f"Spearman of r and {what}"], 2) for what in ("A forgotten", "B learned"))
     return (
-        f"loss of B / rise of A's loss, nats a token: {'; '.join(parts)}; Spearman of r and what is forgotten {forgotten}, learned "
-        f"{learned}; effective rank of the full change {shown(numbers['effective rank of the full change'], 1)} of 64"
+        f"loss of B / rise of A's loss, nats a token: {'; '.join(parts)}; Spearman of r and what is forgotten {forgotten}, "
+        f"learned {learned}; effective rank of the full change {shown(numbers['effective rank of the full change'], 1)} of 64"
     )
 
 

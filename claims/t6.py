@@ -1,9 +1,9 @@
 """T6: at the same number of learned tokens, a prefix of keys and values learns what vectors in front of the text cannot.
 
 A tiny Llama has learned two tasks on strings of digits, told apart by a sign: `=` asks for the string reversed, `>` for its
-digits sorted. Then it is frozen, and soft tokens learn a third one under a sign that it has never seen: `+` asks for the string reversed
-where its first digit is below 5, else for its digits sorted. The tuners `prefix` (keys and values in every layer), `prompt`
-(vectors in front) and, as infix, `p_tuning` (vectors between question and sign) learn from the same rows for equally long.
+digits sorted. Then it is frozen, and soft tokens learn a third one under a sign that it has never seen: `+` asks for the string
+reversed where its first digit is below 5, else for its digits sorted. The tuners `prefix` (keys and values in every layer),
+`prompt` (vectors in front) and, as infix, `p_tuning` (vectors between question and sign) learn from the same rows, equally long.
 """
 
 import sys
