@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "rates": {"prefix": 0.1, "prompt": 0.1, "infix": 3e-3}, "base_rate": 3e-3, "processes": 2,
 }  # fmt: skip
 QUICK = {
-    **SETTINGS, "seeds": [101], "tokens": [1, 5], "base_steps": 40, "steps": 8, "batch": 16, "rows": 256, "held_out": 64,
+    **SETTINGS, "seeds": [101], "tokens": [1, 2], "base_steps": 20, "steps": 6, "batch": 16, "rows": 256, "held_out": 64,
     "processes": 1,
 }  # fmt: skip
 SHAPE = {

@@ -74,10 +74,12 @@ def test_full_and_low_rank_fine_tuning_move_both_losses(tmp_path):
     assert 1 <= numbers[t3.EFFECTIVE]["value"] <= 64
 
 
-def test_soft_tokens_of_each_kind_learn_the_new_task(tmp_path):
+def test_soft_tokens_of_each_kind_and_number_are_measured_from_the_same_base(tmp_path):
     numbers = quick(t6, tmp_path)["numbers"]
-    assert numbers["prefix 5"]["value"] < numbers["base"]["value"]
-    assert numbers["prompt 5"]["value"] < numbers["base"]["value"]
+    losses = [numbers[f"{method} {size}"]["value"] for method in ("prefix", "prompt", "infix") for size in (1, 2)]
+    assert len({*losses, numbers["base"]["value"]}) == 7
+    assert numbers["prompt over prefix 2"]["value"] == pytest.approx(losses[3] - losses[1])
+    assert all(0.5 < loss < 6 for loss in losses)
 
 
 def test_tuners_are_compared_on_the_same_rows_and_their_parameters_counted(tmp_path):
