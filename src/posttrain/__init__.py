@@ -14,12 +14,12 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from posttrain.api import evaluate, load, run, train
+    from posttrain.api import evaluate, export, load, merge, run, train
     from posttrain.pipeline.recipe import Recipe
 
-_HOME = {"Recipe": "pipeline.recipe", "run": "api", "train": "api", "evaluate": "api", "load": "api"}
+_HOME = {"Recipe": "pipeline.recipe"} | dict.fromkeys(("run", "train", "evaluate", "load", "merge", "export"), "api")
 
-__all__ = ["Recipe", "evaluate", "load", "run", "train"]
+__all__ = ["Recipe", "evaluate", "export", "load", "merge", "run", "train"]
 
 
 def __getattr__(name: str) -> Any:

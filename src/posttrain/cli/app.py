@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from posttrain.cli import chat, compress, data, delta, evaluate, init, kinds, report, run, sample
+from posttrain.cli import chat, compress, data, delta, evaluate, export, init, kinds, merge, report, run, sample
 
 app = typer.Typer(
     name="posttrain",
@@ -26,6 +26,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "delta": delta.delta,
     "quantize": compress.quantize,
     "prune": compress.prune,
+    "merge": merge.merge,
+    "export": export.export,
     "report": report.report,
     "kinds": kinds.kinds,
     "init": init.init,

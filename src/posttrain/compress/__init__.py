@@ -1,1 +1,1 @@
-"""Making models smaller, and saying by how much and at what price."""
+"""Making models smaller, saying by how much and at what price, and writing them in forms that other programs read."""

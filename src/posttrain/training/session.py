@@ -301,6 +301,7 @@ def export(settings: TrainSettings, session: Session, policy: Any, template: Tem
     folded = settings.tuner.folds_in and foldable(policy.model, settings.model)
     if folded and settings.tuner.stores:
         save_adapter(settings.tuner, policy.model, session.folder / "adapter", settings.model)
+        template.tokenizer.save_pretrained(session.folder / "adapter")  # with the chat template that was learned
     if folded:
         settings.tuner.merge(policy.model)
         if settings.normalise is not None and settings.tuner.reversible:

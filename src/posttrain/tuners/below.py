@@ -1,6 +1,7 @@
 """What a model folder stands on, known from files alone."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from posttrain.errors import ModelError
@@ -13,11 +14,55 @@ def folds(source: ModelSource) -> bool:
     below = source.below()
     if below is None:
         return not source.is_quantized()
+    tuner = tuner_of(source)
+    return (tuner is None or (tuner.merges and not tuner.kept_apart)) and folds(below)
+
+
+def refuse_unfoldable(source: ModelSource) -> None:
+    """Raises ModelError, from files alone, where an adapter on the way to a model cannot be part of its weights."""
+    below = source.below()
+    if below is None:
+        return
+    refuse_unfoldable(below)
+    if not (tuner_of(source) is None or tuner_of(source).merges):
+        name = kind_of(source)
+        why = "puts learned tokens before every text" if name in {"prompt", "p_tuning", "prefix"} else "adds networks of its own"
+        raise ModelError(
+            f"{source.path}: tuner {name} {why}, which are no part of any weight, so it cannot be merged; use the adapter "
+            "folder as a model as it is, or train with a tuner that merges, such as lora"
+        )
+
+
+def refuse_codes(source: ModelSource) -> None:
+    """Raises ModelError for a model whose lowest weights are quantised, with what can be done."""
+    if not source.is_quantized():
+        return
+    lowest = source.foundation()
+    if source.below() is None:
+        raise ModelError(f"{source.path}: is quantised; --dequantize writes the weights that its codes stand for")
+    raise ModelError(
+        f"{source.path}: the adapter was learned on {lowest.path} quantised to {lowest.quantize or 'codes'}, which cannot take a "
+        "difference up; --dequantize folds it into the weights that the codes stand for, which gives the model that was trained; "
+        "--base MODEL into weights that are not quantised, which gives another (the difference is printed)"
+    )
+
+
+def tuner_of(source: ModelSource) -> Any:
+    """The tuner of an adapter folder, or its class; None for one that peft alone knows, and folds in by itself."""
+    known = about_adapter(folder_of(source))
+    return kind_of_peft(known["peft"]) if "peft" in known else made_of(known["tuner"])
+
+
+def kind_of(source: ModelSource) -> str:
+    """What posttrain calls the tuner of an adapter folder; as peft does where posttrain has none such."""
+    tuner = tuner_of(source)
+    return str(about_adapter(folder_of(source))["peft"].get("peft_type") if tuner is None else tuner.kind)
+
+
+def folder_of(source: ModelSource) -> Path:
     folder = source.folder()
     assert folder is not None
-    known = about_adapter(folder)
-    tuner = kind_of_peft(known["peft"]) if "peft" in known else made_of(known["tuner"])
-    return (tuner is None or (tuner.merges and not tuner.kept_apart)) and folds(below)
+    return folder
 
 
 def made_of(settings: Mapping[str, Any]) -> Tuner:

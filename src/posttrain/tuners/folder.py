@@ -61,21 +61,19 @@ def save_adapter(tuner: Tuner, model: PreTrainedModel, folder: Path, base: Model
     (folder / ADAPTER).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, base: ModelSource, new_head: bool = False) -> dict[str, Any]:
-    """Puts a folder's adapter into the model that it was learned on, frozen; it is folded into the weights where that can be.
+def load_adapter(
+    model: PreTrainedModel, folder: Path, base: ModelSource, new_head: bool = False, apart: bool = False
+) -> dict[str, Any]:
+    """Puts a folder's adapter into the model that it was learned on, frozen; it is folded into the weights where that can be,
+    unless it is to stay `apart`.
 
     new_head: the model's own head stays, and the folder's is left aside. Returns what the folder says of it.
 
     Raises ModelError for the adapter of another model, by hash or by shapes.
     """
     known = about_adapter(folder)
-    recorded = str(known.get("weights") or HUB)
-    if not recorded.startswith(HUB) and base.folder() is not None and recorded != base.weights():
-        raise ModelError(
-            f"{named(folder)}: this adapter was made on another model than {base.path}: its weights have changed since, or it is "
-            "not the one; name the right one with `base`"
-        )
-    state = _read(folder)
+    refuse_other_base(known, folder, base)
+    state = read(folder)
     peft = json.loads((folder / PEFT).read_text(encoding="utf-8")) if (folder / PEFT).is_file() else None
     places = head_parameters(model)
     own = [name for name in state if (_bare(name) in places if places else _bare(name).startswith(HEADS))]
@@ -83,13 +81,23 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: ModelSource, new_he
     if places:  # of a language model's adapter, for a critic or a classifier that begins as it
         state = {name: each for name, each in state.items() if not name.startswith("lm_head.")}
     try:
-        _put_in(model, folder, known.get("tuner"), peft, state, foldable(model, base))
+        _put_in(model, folder, known.get("tuner"), peft, state, not apart and foldable(model, base))
         if head and not new_head:
             _put_head(model, head)
     except ModelError as error:
         raise ModelError(f"{named(folder)}: {error}") from None
     model.requires_grad_(False)
     return known
+
+
+def refuse_other_base(known: dict[str, Any], folder: Path, base: ModelSource) -> None:
+    """Raises ModelError where an adapter was made on other weights than those of `base`, and both are at hand."""
+    recorded = str(known.get("weights") or HUB)
+    if not recorded.startswith(HUB) and base.folder() is not None and recorded != base.weights():
+        raise ModelError(
+            f"{named(folder)}: this adapter was made on another model than {base.path}: its weights have changed since, or it is "
+            "not the one; name the right one with `base`"
+        )
 
 
 def foldable(model: PreTrainedModel, source: ModelSource) -> bool:
@@ -103,7 +111,11 @@ def _put_in(
 ) -> None:  # fmt: skip
     kind = None if peft is None else kind_of_peft(peft)
     if peft is not None and (kind is None or not issubclass(kind, SoftTuner)):
-        _inject(model, folder, state, exact)
+        inject(model, folder, state, NAME if exact else f"below{len(getattr(model, 'peft_config', {}))}")
+        if exact:
+            fold(model)
+        else:
+            activate(model)
         return
     if settings is not None:
         begun = {"text": None} if "text" in settings else {}  # what it began with is overwritten
@@ -116,8 +128,8 @@ def _put_in(
         tuner.install_stored(model, state)
 
 
-def _inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], exact: bool) -> None:
-    """Any adapter that peft puts into layers; folded into the weights where those are all that the layers compute with."""
+def inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], name: str) -> None:
+    """Any adapter that peft puts into layers, beside those that are there. Raises ModelError where it does not fit."""
     from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(str(folder))
@@ -126,7 +138,6 @@ def _inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], exac
         if getattr(config, only, None):
             raise ModelError(f"its {only} is something that peft alone computes; merge the adapter with peft first")
     config.modules_to_save = None
-    name = NAME if exact else f"below{len(getattr(model, 'peft_config', {}))}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -144,13 +155,10 @@ def _inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], exac
     missing = [key for key in found.missing_keys if name in key.split(".")]
     if missing:
         raise ModelError(f"the adapter lacks {missing[0]}: it was made for another model, or its file is not whole")
-    if exact:
-        fold(model)
-    else:
-        activate(model)
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
+def read(folder: Path) -> dict[str, Tensor]:
+    """What an adapter's file holds. Raises ModelError for one that is not whole."""
     file = folder / WEIGHTS
     try:
         return dict(load_file(file))
@@ -160,7 +168,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 def has_score(folder: Path) -> bool:
     """Whether an adapter's file holds a score head."""
-    return any(_bare(name) == "score.weight" for name in _read(folder))
+    return any(_bare(name) == "score.weight" for name in read(folder))
 
 
 def classes_in(folder: Path) -> Classes | None:
@@ -169,7 +177,7 @@ def classes_in(folder: Path) -> Classes | None:
     if "classes" in known:
         return Classes(known["classes"]["problem"], tuple(known["classes"]["labels"]))
     last = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-    outputs = next((len(each) for name, each in _read(folder).items() if _bare(name) in last), None)
+    outputs = next((len(each) for name, each in read(folder).items() if _bare(name) in last), None)
     if outputs is None:
         return None
     labels = tuple(f"LABEL_{index}" for index in range(outputs))

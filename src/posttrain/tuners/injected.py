@@ -84,12 +84,28 @@ def fold(model: "PreTrainedModel") -> None:
 
     if quantized(model):
         raise ModelError("the weights below this adapter are quantised: codes of a few bits cannot take a difference up")
-    for path, layer in layers_of(model).items():
+    for layer in layers_of(model).values():
         if isinstance(layer, LoraLayer):
             _fold_lora(layer)
         else:
             layer.merge()
+    remove(model)
+
+
+def fold_all(model: "PreTrainedModel") -> None:
+    """Folds whatever stands beside the weights of a model into them, several in one layer from below."""
+    for layer in reversed(list(layers_of(model).values())):
+        layer.merge(adapter_names=list(layer.active_adapters))
+    remove(model)
+
+
+def remove(model: "PreTrainedModel") -> None:
+    """Takes all of a model's layers of peft's out; those that they stand for are there again."""
+    layers = layers_of(model)
+    for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
+        if parent in layers:  # inside of one that is gone
+            continue
         setattr(model.get_submodule(parent), name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config

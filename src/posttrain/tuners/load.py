@@ -15,34 +15,39 @@ from posttrain.models.classifier import LoadedClassifier
 from posttrain.models.load import Loaded, LoadedScalar
 from posttrain.models.source import ModelSource
 from posttrain.text import Classes
+from posttrain.tuners.below import folder_of
 from posttrain.tuners.folder import classes_in, has_score, load_adapter
 
 
-def load(source: ModelSource | str | Path) -> Loaded:
+def load(source: ModelSource | str | Path, apart: bool = False, codes: bool = True) -> Loaded:
     """A causal LM: a model folder, a hub model, or an adapter folder with the model below it.
 
-    Raises ModelError for what transformers cannot load, what posttrain cannot train rightly, and adapters of other models.
+    apart: leave the topmost adapter beside the weights, where it could be folded into them. codes=False: do not quantise the
+    model below, though its adapters were learned on it quantised; they stay beside its weights. Raises ModelError for what
+    transformers cannot load, what posttrain cannot train rightly, and adapters of other models.
     """
     source = plain.resolved(source)
     below = source.below()
     if below is None:
-        return plain.load(source)
-    found = load(below)
-    load_adapter(found.lm.model, _folder(source), below)
-    return Loaded(found.lm, _tokenizer(source, found.tokenizer))
+        return plain.load(source if codes else _unquantised(source))
+    found = load(below, codes=codes)
+    load_adapter(found.lm.model, folder_of(source), below, apart=apart)
+    return Loaded(found.lm, tokenizer_of(source, found.tokenizer))
 
 
-def load_scalar(source: ModelSource | str | Path, fresh: Callable[[Tensor], Any] | None = None) -> LoadedScalar:
+def load_scalar(
+    source: ModelSource | str | Path, fresh: Callable[[Tensor], Any] | None = None, apart: bool = False, codes: bool = True
+) -> LoadedScalar:
     """A model that scores sequences, in the same ways. `fresh`: as for `models.load.load_scalar`."""
     source = plain.resolved(source)
     below = source.below()
     if below is None:
-        return plain.load_scalar(source, fresh)
-    found = load_scalar(below, nn.init.zeros_ if has_score(_folder(source)) else fresh)
-    known = load_adapter(found.lm.model, _folder(source), below)
+        return plain.load_scalar(source if codes else _unquantised(source), fresh)
+    found = load_scalar(below, nn.init.zeros_ if has_score(folder_of(source)) else fresh, codes=codes)
+    known = load_adapter(found.lm.model, folder_of(source), below, apart=apart)
     if "reward_shift" in known:
         found.lm.shift = float(known["reward_shift"])
-    return LoadedScalar(found.lm, _tokenizer(source, found.tokenizer))
+    return LoadedScalar(found.lm, tokenizer_of(source, found.tokenizer))
 
 
 def load_classifier(
@@ -54,12 +59,12 @@ def load_classifier(
     below = source.below()
     if below is None:
         return classifier.load_classifier(source, fresh, classes, new_head)
-    own = None if new_head else classes_in(_folder(source))
+    own = None if new_head else classes_in(folder_of(source))
     if own is not None and classes is not None:
         classifier.refuse_other_classes(str(source.path), own, classes)
     found = load_classifier(below, nn.init.zeros_ if own else fresh, classes or own, new_head or own is not None)
-    load_adapter(found.lm.model, _folder(source), below, new_head)
-    return LoadedClassifier(found.lm, _tokenizer(source, found.tokenizer))
+    load_adapter(found.lm.model, folder_of(source), below, new_head)
+    return LoadedClassifier(found.lm, tokenizer_of(source, found.tokenizer))
 
 
 def load_weights(source: ModelSource, like: PreTrainedModel) -> PreTrainedModel:
@@ -71,7 +76,7 @@ def load_weights(source: ModelSource, like: PreTrainedModel) -> PreTrainedModel:
     below = source.below()
     if below is not None:
         lower = load_weights(below, like)
-        load_adapter(lower, _folder(source), below)
+        load_adapter(lower, folder_of(source), below)
         return lower
     folder = source.folder()
     name = str(folder) if folder else source.path
@@ -91,15 +96,13 @@ def load_weights(source: ModelSource, like: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _folder(source: ModelSource) -> Path:
-    folder = source.folder()
-    assert folder is not None
-    return folder
+def _unquantised(source: ModelSource) -> ModelSource:
+    return source.model_copy(update={"quantize": None, "double": False})
 
 
-def _tokenizer(source: ModelSource, below: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def tokenizer_of(source: ModelSource, below: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The adapter's own, where it has one: its chat template is the one that was learned."""
-    if source.chat_template is not None or not (_folder(source) / "tokenizer_config.json").is_file():
+    if source.chat_template is not None or not (folder_of(source) / "tokenizer_config.json").is_file():
         return below
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(_folder(source)))
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder_of(source)))
     return found
