@@ -21,6 +21,7 @@ LOW = 4
 WIDER = 4.0
 ENERGY = 0.9
 """The effective rank of a change of weights: how many singular directions hold this share of its squares."""
+EFFECTIVE = "effective rank of the full change"
 
 CLAIM = Claim(
     "T3",
@@ -30,8 +31,8 @@ CLAIM = Claim(
     f"monotone in r (Spearman > {MONOTONE:g}); rank that holds {ENERGY:.0%} of the full change > {WIDER:g} r for r ≤ {LOW}",
 )
 SETTINGS: dict[str, Any] = {
-    "seeds": [1, 2, 3, 4], "ranks": [1, 4, 16, 64], "base_steps": 500, "steps": 300, "batch": 64, "rows": 8192, "held_out": 512,
-    "rates": {"full": 3e-3, "1": 1e-2, "4": 1e-2, "16": 1e-2, "64": 1e-2}, "base_rate": 3e-3, "looks": 10, "processes": 2,
+    "seeds": [1, 2, 3], "ranks": [1, 4, 16, 64], "base_steps": 500, "steps": 150, "batch": 64, "rows": 8192, "held_out": 256,
+    "rates": {"full": 3e-3, "1": 1e-2, "4": 1e-2, "16": 6e-3, "64": 3e-3}, "base_rate": 3e-3, "looks": 5, "processes": 2,
 }  # fmt: skip
 QUICK = {
     **SETTINGS, "seeds": [101], "ranks": [1, 4], "base_steps": 60, "steps": 12, "batch": 16, "rows": 256, "held_out": 64,
@@ -130,7 +131,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         numbers[f"Spearman of r and {title}"] = number(
             spearman(ranks, [sign * values[str(rank)][place] for rank in ranks]) for place in range(len(found))
         )
-    numbers["effective rank of the full change"] = number(each["rank"] for each in found)
+    numbers[EFFECTIVE] = number(each["rank"] for each in found)
     curves = {name: mean_points([each[name] for each in found]) for name in methods}
     return {"numbers": numbers, "curves": {"ranks": ranks, **curves}}
 
@@ -155,9 +156,11 @@ def judge(numbers: dict[str, Number]) -> dict[str, bool]:
         ),
         "what is forgotten grows with r": numbers["Spearman of r and A forgotten"]["value"] > MONOTONE,
         "what is learned grows with r": numbers["Spearman of r and B learned"]["value"] > MONOTONE,
-        f"the full change has more than {WIDER:g} r directions for r up to {LOW}": all(
-            numbers["effective rank of the full change"]["value"] > WIDER * rank for rank in ranks if rank <= LOW
-        ),
+        **{
+            f"the full change has more than {WIDER:g} r directions for r = {rank}": numbers[EFFECTIVE]["value"] > WIDER * rank
+            for rank in ranks
+            if rank <= LOW
+        },
     }
 
 
@@ -168,8 +171,8 @@ def say(numbers: dict[str, Number]) -> str:
     ]
     forgotten, learned = (shown(numbers[f"Spearman of r and {what}"], 2) for what in ("A forgotten", "B learned"))
     return (
-        f"loss of B / rise of A's loss, nats a token: {'; '.join(parts)}; Spearman of r and what is forgotten {forgotten}, learned "
-        f"{learned}; effective rank of the full change {shown(numbers['effective rank of the full change'], 1)} of 64"
+        f"loss of B / rise of A's loss, nats a token: {'; '.join(parts)}; Spearman of r and what is forgotten {forgotten}, "
+        f"learned {learned}; effective rank of the full change {shown(numbers[EFFECTIVE], 1)} of 64"
     )
 
 

@@ -21,8 +21,8 @@ CLAIM = Claim(
     "T4",
     "A LoRA of rank r fits an update as well as the best matrix of rank r, and exactly where r is the smaller side",
     "arXiv 2106.09685",
-    f"residual within {WITHIN:.0%} of the sum of sigma_i^2 over i > r in every layer, never below it; at most {NOTHING:g} of |dW|^2 "
-    "at full rank",
+    f"residual within {WITHIN:.0%} of the sum of sigma_i^2 over i > r in every layer, never below it; at most {NOTHING:g} of "
+    "|dW|^2 at full rank",
 )
 SETTINGS: dict[str, Any] = {
     "seeds": [1, 2, 3], "ranks": [1, 2, 4, 8, 16, 32], "layers": 2, "steps": 700, "rate": 0.03, "processes": 2,

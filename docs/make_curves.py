@@ -1,4 +1,4 @@
-"""Draws the curves of the pages from runs: python docs/make_curves.py runs/quickstart (or tiny_base, rlhf_sentiment, online)."""
+"""Draws the curves of the pages from runs: python docs/make_curves.py runs/quickstart (or another of FIGURES)."""
 
 import json
 import sys
@@ -16,6 +16,8 @@ FIGURES = {  # of a run, by the name of its folder: the figures, and the objecti
     "tiny_base": {"pretrain": ["pretrain"]},
     "rlhf_sentiment": {"preference": ["dpo"], "unpaired": ["kto"], "reward_models": ["bradley_terry"], "ppo": ["ppo"]},
     "online": {"online": ["online_dpo", "xpo"]},
+    "classify": {"classify": ["classify"]},
+    "delta": {"delta": ["match_logits"]},
 }
 PANELS = {
     "sft": ["nll", "pass@1"],
@@ -26,12 +28,16 @@ PANELS = {
     "reward_models": ["loss/ranking", "accuracy", "gap"],
     "ppo": ["reward", "kl", "value_error"],
     "online": ["reward", "accuracy", "margin"],
+    "classify": ["loss/label", "accuracy"],
+    "delta": ["loss/logits"],
 }
 NAMES = {
     "nll": "loss (nats a token)", "pass@1": "validation pass@1", "entropy": "entropy (nats a token)",
     "margin": "margin (nats)", "chosen_logp": "log p of chosen answers", "good_ratio": "log-ratio of good answers",
     "bad_ratio": "log-ratio of bad answers", "point": "reference point (nats)", "loss/ranking": "loss (nats a pair)",
+    "loss/label": "loss (nats a text)",
     "gap": "chosen less rejected score", "kl": "KL to the start (nats an answer)", "value_error": "squared error of the critic",
+    "loss/logits": "squared logit difference",
 }  # fmt: skip
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
 
@@ -81,12 +87,18 @@ def draw_validation(axis: pyplot.Axes, rows: list[dict], name: str, colour: str)
     axis.set_ylim(0, 1)
 
 
+def objective_of(settings: dict) -> str | None:
+    if settings["kind"] == "delta":
+        return "match_logits"
+    return settings["objective"]["kind"] if settings["kind"] == "train" else None
+
+
 def draw_run(run: Path) -> None:
     stages = json.loads((run / "recipe.json").read_text())["recipe"]["stages"]
     for figure_name, kinds in FIGURES[run.name].items():
         shown = [
             stage for stage, settings in stages.items()
-            if settings["kind"] == "train" and settings["objective"]["kind"] in kinds and stage != "more"
+            if objective_of(settings) in kinds and stage != "more"
         ]  # fmt: skip
         draw(figure_name, {stage: rows_of(run, stage) for stage in shown})
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tiny_models import VOCABULARY
 
-from posttrain.batch import Labelled, Pairs, Ranked, Rollouts, Sequences, Stepped, Valued
+from posttrain.batch import Classified, Labelled, Pairs, Ranked, Rollouts, Sequences, Stepped, Taught, Valued
 from posttrain.models.actor_critic import ActorCritic
 from posttrain.models.lm import LM
 from posttrain.objectives import Objective
@@ -21,16 +21,18 @@ IDLE = [1, 5]  # in every batch: the row with nothing trained, and the row of on
 
 @dataclass(frozen=True)
 class Example:
-    """`batch(policy)` may ask the model; it must have 8 rows. `shared`: the critic is a head on the policy's states."""
+    """`batch(policy)` may ask the model; it must have 8 rows. `shared`: the critic is a head on the policy's states. `encoder`:
+    the policy is one."""
 
     kind: str
     settings: dict[str, Any]
     batch: Callable[[Any], Any]
     shared: bool = False
+    encoder: bool = False
 
     @property
     def name(self) -> str:
-        shared = ["shared"] if self.shared else []
+        shared = ["shared"] if self.shared else ["encoder"] if self.encoder else []
         return "-".join([self.kind, *(f"{key}={value}" for key, value in self.settings.items()), *shared])
 
     @property
@@ -42,6 +44,8 @@ class Example:
         """What kind of model it trains."""
         if "critic" in self.objective.trains:
             return "shared critic" if self.shared else "critic"
+        if self.objective.reads == "Classified":
+            return "encoder" if self.encoder else "classifier"
         return "scalar" if self.objective.scores else "lm"
 
     @property
@@ -78,6 +82,10 @@ def rows(seed: int = 0, other: int = 0, lengths: tuple[int, ...] = (3, 9, 5)) ->
 
 def sequences(_lm: LM) -> Sequences:
     return Sequences.of(rows())
+
+
+def taught(_lm: LM) -> Taught:
+    return Taught(Sequences.of(rows()))
 
 
 def weighted(_lm: LM) -> Sequences:
@@ -165,10 +173,28 @@ def stepped(_policy: Any) -> Stepped:
     return Stepped(seqs, right[: seqs.trained])
 
 
+def classified(_policy: Any) -> Classified:
+    """One of three classes."""
+    return Classified(Sequences.of(rows()), torch.tensor([[0.0], [2.0], [1.0], [1.0], [0.0], [2.0], [2.0], [0.0]]))
+
+
+def tagged(_policy: Any) -> Classified:
+    """Any of three labels, all and none among them."""
+    target = [[1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]]
+    return Classified(Sequences.of(rows()), torch.tensor(target, dtype=torch.float32))
+
+
+def measured(_policy: Any) -> Classified:
+    """A number."""
+    return Classified(Sequences.of(rows()), torch.tensor([[0.5], [-1.0], [2.0], [0.0], [1.5], [3.0], [-0.5], [1.0]]))
+
+
+LABELS = {"labels": ["ant", "bee", "cow"]}
 EXAMPLES = [
     Example("sft", {}, sequences),
     Example("sft", {}, weighted),
     Example("pretrain", {}, sequences),
+    Example("match_logits", {}, taught),
     Example("grpo", {"aggregate": "sequence"}, rollouts),
     Example("grpo", {"aggregate": "token", "clip_high": 0.28}, rollouts),
     Example("grpo", {"aggregate": "sequence", "kl": 0.3}, rollouts),
@@ -205,6 +231,12 @@ EXAMPLES = [
     Example("score_regression", {}, ranked),
     Example("labelled_reward", {}, labelled),
     Example("process_reward", {}, stepped),
+    Example("classify", {"problem": "single", **LABELS}, classified),
+    Example("classify", {"problem": "single", **LABELS}, classified, encoder=True),
+    Example("classify", {"problem": "single", **LABELS, "label_smoothing": 0.1, "weights": {"bee": 2.5}}, classified),
+    Example("classify", {"problem": "multi", **LABELS, "weights": {"cow": 0.5}}, tagged),
+    Example("classify", {"problem": "multi", **LABELS}, tagged, encoder=True),
+    Example("classify", {"problem": "regression"}, measured),
     Example("ppo", {}, valued),
     Example("ppo", {"entropy": 0.1, "dual_clip": 1.2, "clip": 0.1}, valued),
     Example("ppo", {"value_clip": None, "value_weight": 1.0}, valued, shared=True),

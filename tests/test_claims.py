@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from claims import __main__ as claims
-from claims import strings, t1, t2, t16, t19, t21
+from claims import strings, symbols, t1, t2, t3, t4, t5, t6, t7, t16, t17, t18, t19, t21
 from claims.claim import exact, number, run
+from posttrain import draws
 from posttrain.batch import Sequences
+from posttrain.data.render import Template
 from posttrain.losses import sequence_sums
+from posttrain.tuners.load import load
 
 F64 = torch.float64
 
@@ -53,10 +56,130 @@ def test_best_of_n_keeps_to_its_bound_and_few_comparisons_lead_astray(tmp_path):
     assert checks["with few pairs gold peaks, then falls"]
 
 
+def test_a_delta_is_small_near_and_nearer_after_its_distillation(tmp_path):
+    found = quick(t5, tmp_path)
+    checks = found["checks"]
+    assert checks["Llama-2-7B by its sizes"]
+    assert checks["matrices are smaller"]
+    assert checks["distillation brings the logits nearer"]
+    assert checks["a normal difference"]
+    numbers = found["numbers"]
+    assert numbers["32: kl 4 bits"]["value"] < numbers["32: kl signs"]["value"] < numbers["32: kl base"]["value"]
+
+
+def test_the_problems_of_the_delta_are_right_and_their_answers_are_read_rightly():
+    for sign, result in ((t5.PLUS, [2, 2, 1]), (t5.MINUS, [2, 5])):
+        asked = t5.problems(sign)
+        assert len(asked) == 10_000
+        (tokens, marks) = asked[8735].sequences[0]
+        assert tokens == [t5.END, 8, 7, sign, 3, 5, t5.EQUALS, *result, t5.END]
+        assert [token for token, mark in zip(tokens, marks, strict=True) if mark] == [*result, t5.END]
+    assert t5.problems(t5.MINUS)[3587].sequences == asked[8735].sequences, "the larger number first"
+
+
+def test_fewer_bits_cost_more_and_nf4_loses_less_than_equal_steps(tmp_path):
+    found = quick(t17, tmp_path)
+    numbers = found["numbers"]
+    assert numbers["rtn 3 cost"]["value"] > numbers["rtn 4 cost"]["value"]
+    assert numbers["gptq 3 cost"]["value"] < numbers["rtn 3 cost"]["value"]
+    assert found["checks"]["NF4 and int4 lose what is computed for normal weights"]
+    assert found["checks"]["NF4 loses less than int4 of tiny-base's weights"]
+
+
+def test_outlier_features_change_nothing_and_pruning_by_magnitude_suffers_from_them(tmp_path):
+    found = quick(t18, tmp_path)
+    numbers = found["numbers"]
+    assert found["checks"]["the features change nothing"]
+    assert found["checks"]["2:4 is worse"]
+    assert numbers["magnitude 50% cost"]["value"] > numbers["magnitude 50% cost without features"]["value"]
+    assert numbers["magnitude minus wanda 50%"]["value"] > 0
+
+
 def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(tmp_path):
     checks = quick(t21, tmp_path)["checks"]  # speed itself is never a test
     assert checks["the same loss"]
     assert checks["the same gradient"]
+
+
+def test_a_lora_fits_what_the_best_matrix_of_its_rank_fits_and_no_more(tmp_path):
+    assert quick(t4, tmp_path)["held"]
+
+
+def test_full_and_low_rank_fine_tuning_move_both_losses(tmp_path):
+    numbers = quick(t3, tmp_path)["numbers"]
+    for method in ("full", "r = 1", "r = 4"):
+        assert numbers[f"{method}: A forgotten"]["value"] > 0.05
+    assert numbers["r = 1: B learned less than in full"]["value"] > numbers["r = 4: B learned less than in full"]["value"]
+    assert 1 <= numbers[t3.EFFECTIVE]["value"] <= 64
+
+
+def test_soft_tokens_of_each_kind_and_number_are_measured_from_the_same_base(tmp_path):
+    numbers = quick(t6, tmp_path)["numbers"]
+    losses = [numbers[f"{method} {size}"]["value"] for method in ("prefix", "prompt", "infix") for size in (1, 2)]
+    assert len({*losses, numbers["base"]["value"]}) == 7
+    assert numbers["prompt over prefix 2"]["value"] == pytest.approx(losses[3] - losses[1])
+    assert all(0.5 < loss < 6 for loss in losses)
+
+
+def test_tuners_are_compared_on_the_same_rows_and_their_parameters_counted(tmp_path):
+    numbers = quick(t7, tmp_path)["numbers"]
+    assert numbers["full: share of the parameters"]["value"] == 1
+    adapters = 6 * 2 * (2 * 192 * 8 + 192 + 8) + 13 * 192  # two in each of six blocks, and the norms
+    assert numbers["adapter 8: share of the parameters"]["value"] == pytest.approx(adapters / 2_755_008)
+    assert numbers["arithmetic: full"]["value"] > numbers["arithmetic: base"]["value"] == 0
+
+
+# ---- small tasks
+
+
+def test_a_row_trains_its_answer_and_its_end():
+    tokens, marks = symbols.row("12=", "21")
+    assert "".join(symbols.SYMBOLS[token] for token in tokens) == "\n12=21\n"
+    assert marks == [False] * 4 + [True] * 3
+
+
+def test_the_third_task_is_one_of_the_two_others_as_the_first_digit_says():
+    for question, answer in (t6.drawn(draws.generator(index, "test"), "+") for index in range(50)):
+        string = question[:-1]
+        assert answer == (string[::-1] if string[0] in "01234" else "".join(sorted(string)))
+    assert t6.drawn(draws.generator(0, "test"), "=")[1] == t6.drawn(draws.generator(0, "test"), "=")[0][:-1][::-1]
+
+
+def test_the_effective_rank_holds_nine_tenths_of_the_squares():
+    assert t3.effective_rank(torch.diag(torch.tensor([3.0, 0.9, 0.1]))) == 1  # 9 of 9.82
+    assert t3.effective_rank(torch.diag(torch.tensor([3.0, 1.1, 0.1]))) == 2
+    assert t3.effective_rank(torch.eye(10)) == 9
+
+
+def test_spearmans_correlation_is_that_of_the_orders():
+    assert t3.spearman([1, 4, 16, 64], [0.1, 0.2, 0.3, 9.0]) == pytest.approx(1)
+    assert t3.spearman([1, 4, 16, 64], [0.1, 0.3, 0.2, 9.0]) == pytest.approx(0.8)
+    assert t3.spearman([1, 4, 16, 64], [4.0, 3.0, 2.0, 1.0]) == pytest.approx(-1)
+
+
+def test_a_choice_is_the_answer_of_the_highest_log_probability_and_writing_is_greedy():
+    loaded = load("posttrain:tiny-base")
+    template = Template(loaded.tokenizer, chat=False)
+    story = "Once upon a time there was a"
+    assert t7.accuracy(loaded.lm, [(story, [" xq 7 zz", " little girl"], 1), ("12 + 7 = ", ["19", "84"], 0)], template) == 1
+    assert t7.accuracy(loaded.lm, [(story, [" xq 7 zz", " little girl"], 0)], template) == 0
+    ids = loaded.tokenizer(story)["input_ids"]
+    greedy = loaded.lm.model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids) :].tolist()
+    assert 0 not in greedy  # it goes on, so that no answer here ends as it would
+    assert t7.accuracy(loaded.lm, [(story, [loaded.tokenizer.decode(greedy)], 0)], template) == 0
+
+
+def test_small_adapters_are_those_of_at_most_a_twentieth_of_the_parameters():
+    numbers = {
+        "adapter 8: share of the parameters": exact(0.015), "adapter 64: share of the parameters": exact(0.11),
+        "adapter 8: below full, mean over tasks": number([0.02, 0.01, 0.03]),
+        "adapter 64: below full, mean over tasks": number([0.0, 0.0, 0.0]),
+        "bitfit below full, few rows": number([0.01, 0.0, 0.02]), "bitfit below full, many rows": number([0.1, 0.12, 0.09]),
+    }  # fmt: skip
+    checks = t7.judge(numbers)
+    assert not checks["a small adapter within a point of full"], "the large one does not count"
+    assert checks["biases close to full from few rows"]
+    assert checks["biases below full from many rows"]
 
 
 # ---- the world of strings

@@ -40,7 +40,7 @@ def model(place):
     return run(place / "tiny.yaml", "stages.rl.steps=1", root=place / "runs").model("sft")
 
 
-@pytest.mark.parametrize("command", ["run", "train", "data", "eval", "sample", "chat", "report", "kinds", "init"])
+@pytest.mark.parametrize("command", ["run", "train", "data", "eval", "sample", "chat", "delta", "report", "kinds", "init"])
 def test_every_command_helps_with_an_example(posttrain, command):
     status, out, _ = posttrain(command, "--help")
     assert status == 0
@@ -132,6 +132,32 @@ def test_chat_answers_and_streams_what_it_would_have_sampled(posttrain, model, m
     answers = [line for line in out.splitlines()[1:] if line]
     assert len(answers) == 2
     assert answers[0] == answers[1]
+
+
+def test_a_delta_is_made_and_chat_switches_between_it_and_the_base(posttrain, place, model, monkeypatch):
+    from posttrain import run
+
+    base = run(place / "tiny.yaml", "stages.rl.steps=1", root=place / "runs").model("new")
+    (place / "rows.jsonl").write_text('{"prompt": "1 + 2", "completion": "3"}\n{"prompt": "2 + 2", "completion": "4"}\n')
+    status, out, err = posttrain("delta", model, base, "data=rows.jsonl", "steps=2", "--out", "a.bitdelta")
+    assert (status, err) == (0, "")
+    assert re.search(r"matrices of the blocks +[\d,]+ bytes in 16 bits, +[\d,]+ as a delta: 1\d\.\d\d times smaller", out)
+    assert re.search(r"KL\(fine-tuned \|\| it\) +base [\d.]+, delta as it begins [\d.]+, delta [\d.]+", out)
+    assert (place / "a.bitdelta").stat().st_size > 1000
+    said = iter(["1 + 2", "/delta b", "/delta base", "/new", "1 + 2", "/delta a", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    words = ("--temperature", 0, "--max-tokens", 6)
+    status, out, _ = posttrain("chat", base, "--delta", "a.bitdelta", *words)
+    assert status == 0
+    lines = [line for line in out.splitlines()[1:] if line]
+    assert lines[0] == "/delta NAME answers as a or base; now a"
+    assert lines[2:4] == ["there is a and base: /delta a", "now base; the conversation goes on"]
+    said = iter(["1 + 2", "/quit"])
+    alone = [line for line in posttrain("chat", base, *words)[1].splitlines()[1:] if line]
+    assert lines[4] == alone[0], "the base's own answer"
+    status, _, err = posttrain("chat", model, "--delta", "a.bitdelta")
+    assert status == 2
+    assert "this delta was made on another model than" in err
 
 
 def test_init_writes_a_recipe_that_loads_and_never_overwrites(posttrain, place):

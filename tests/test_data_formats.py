@@ -65,7 +65,7 @@ def test_columns_that_fit_no_format_are_refused_with_a_mapping():
     assert refusal() == (
         'train.jsonl:1: no format fits the columns "instruction", "output"; name one and map its columns, such as '
         "format: {kind: prompt_completion, fields: {prompt: instruction, completion: output}}; "
-        "formats: choice (question, choices, answer); graded (prompt, completion, score); labelled (prompt, completion, label); "
+        "formats: choice (question, choices, answer); classified (label, text or messages or prompt); graded (prompt, completion, score); labelled (prompt, completion, label); "
         "messages (messages); preference (chosen, rejected); problem (prompt); prompt_completion (prompt, completion); "
         "ranking (prompt, completions, scores or ranks or best); steps (prompt, labels, steps or completions); text (text)"
     )

@@ -72,6 +72,7 @@ ONCE: dict[str, tuple[str, str, dict[str, Any]]] = {  # after one
     "ranking_reward-full": ("ranking_reward", "full", {}),
     "process_reward-lora": ("process_reward", "lora", {}),
     "ppo-shared-lora": ("ppo", "lora", {}),
+    "classify-lora": ("classify", "lora", {}),
 }
 CASES = {**EVERY, **TWICE, **ONCE}
 

@@ -23,7 +23,7 @@ TUNERS: dict[str, dict[str, Any]] = {
     "layers": {"kind": "layers", "last": 1}, "head": {"kind": "head", "untie": True}, "bitfit": {"kind": "bitfit", "add": True},
     "lora": {"kind": "lora", "rank": 2, "init": "pissa"}, "ia3": {"kind": "ia3"}, "adapter": {"kind": "adapter", "size": 4},
     "prompt": {"kind": "prompt", "tokens": 3, "text": "Add the numbers"}, "p_tuning": {"kind": "p_tuning", "tokens": 3, "at": [0, 1]},
-    "prefix": {"kind": "prefix", "tokens": 3, "projection": 8},
+    "prefix": {"kind": "prefix", "tokens": 3, "projection": 8}, "delta_scale": {"kind": "delta_scale"},
 }  # fmt: skip
 FAST = {"learning_rate": 0.02}
 
@@ -51,12 +51,13 @@ def trained_on(start: Path | str, folder: Path, tuner: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("kind", TUNERS)
 def test_a_stage_leaves_the_model_that_it_trained(kind: str, tmp_path: Path) -> None:
     folder = train(text("sft", "full", steps=3, optim=FAST, tuner=TUNERS[kind]), tmp_path)
-    trained = said(trained_on(base(), folder, TUNERS[kind])) if kind != "lora" else None
+    tuner = settings("sft", "full", tuner=TUNERS[kind])["tuner"]
+    trained = said(trained_on(base(), folder, tuner)) if kind != "lora" else None
     before, found = said(load(base()).lm), said(load(folder / "model").lm)
     assert (found - before).abs().max() > 1e-3, "training moved the model"
     if trained is not None:
         torch.testing.assert_close(found, trained, rtol=0, atol=1e-5)
-    folded = Tuner.lookup(kind).merges
+    folded = Tuner.model_validate(tuner).folds_in
     assert (folder / "model" / "config.json").exists() == folded
     assert (folder / "adapter").exists() == folded
     if folded:
@@ -117,13 +118,13 @@ def test_a_reward_model_may_be_an_adapter(tmp_path: Path) -> None:
     assert ModelSource(path=str(folder / "model")).foundation().path is not None
 
 
-@pytest.mark.parametrize("kind", ["adapter", "prompt", "prefix", "p_tuning", "ia3", "bitfit"])
+@pytest.mark.parametrize("kind", ["adapter", "prompt", "prefix", "p_tuning", "ia3", "bitfit", "delta_scale"])
 def test_policies_under_every_tuner_are_compared_with_the_model_below(kind: str, tmp_path: Path) -> None:
     """The first update of DPO: margin 0; of GRPO with a KL term: ratio 1 and KL 0, on samples drawn with the tuner in place.
 
-    A soft prompt changes the model as soon as it is there, so that it does not begin at the reference.
+    A soft prompt, or a delta, changes the model as soon as it is there, so that it does not begin at the reference.
     """
-    begins_apart = kind in {"prompt", "prefix", "p_tuning"}
+    begins_apart = kind in {"prompt", "prefix", "p_tuning", "delta_scale"}
     for objective, section in (("dpo", {}), ("grpo", {"objective": {"kind": "grpo", "kl": 0.1}})):
         folder = train(text(objective, "full", steps=2, optim=FAST, tuner=TUNERS[kind], **section), tmp_path / objective)
         first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import torch
 from example_batches import only
-from tiny_models import make, make_scalar
+from tiny_encoders import make as make_encoder
+from tiny_models import fine, make, make_scalar
 from torch import nn
 
 from posttrain.data.stream import Stream
 from posttrain.models.actor_critic import ActorCritic, ValueHead
+from posttrain.models.heads import head_parameters
 from posttrain.models.lm import LM
 from posttrain.models.roles import Frozen, Roles
-from posttrain.models.scalar import ScalarLM
 from posttrain.training.fit import Learner, Training, annotated, fit
 from posttrain.training.updates import Item, Update
 from posttrain.tuners import Tuner, tuned
@@ -23,7 +24,7 @@ TUNERS = {"full": {}, "lora": {"rank": 3, "alpha": 5.0}}  # everything is tried 
 OTHERS = {
     "layers": {"last": 1, "rate_decay": 0.5, "unfreeze": 0.5}, "head": {"untie": True}, "bitfit": {"add": True}, "ia3": {},
     "adapter": {"size": 4, "deviation": 0.05}, "prompt": {"tokens": 3}, "p_tuning": {"tokens": 3, "at": [0, 1]},
-    "prefix": {"tokens": 3, "projection": 5},
+    "prefix": {"tokens": 3, "projection": 5}, "delta_scale": {},
 }  # fmt: skip
 
 
@@ -34,11 +35,11 @@ def build(name, dtype, tuner, moved=True, policy="lm"):
 
 @cache
 def _built(name, dtype, tuner, moved, policy):
-    lm = make_scalar(name, dtype) if policy == "scalar" else make(name, dtype)
-    _install(lm, tuner, moved)
+    lm = MADE[policy](name, dtype) if policy in MADE else make(name, dtype)
+    _install(lm, name, tuner, moved)
     if policy == "critic":
         critic = make_scalar(name, dtype, seed=1)
-        _install(critic, tuner, moved)
+        _install(critic, name, tuner, moved)
         return ActorCritic(lm, critic)
     if policy == "shared critic":
         head = ValueHead(lm)
@@ -48,15 +49,23 @@ def _built(name, dtype, tuner, moved, policy):
     return lm
 
 
-def _install(lm, tuner, moved):
+MADE = {  # models that are no language models
+    "scalar": make_scalar,
+    "classifier": lambda name, dtype="float32": make_scalar(name, dtype, num_labels=3),
+    "encoder": lambda _name, dtype="float32": make_encoder("bert", dtype, pad_token_id=None),
+}
+
+
+def _install(lm, name, tuner, moved):
+    settings = {"of": str(fine(name))} if tuner == "delta_scale" else (TUNERS | OTHERS)[tuner]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Tuner.lookup(tuner)(**(TUNERS | OTHERS)[tuner]).install(lm.model)
+        Tuner.lookup(tuner)(**settings).install(lm.model)
         for key, parameter in tuned(lm.model).items():
             if moved and tuner != "full" and "lora_B" in key:
                 nn.init.normal_(parameter, std=0.1)
-    if isinstance(lm, ScalarLM):
-        lm.head.requires_grad_(True)
+    for parameter in head_parameters(lm.model).values():
+        parameter.requires_grad_(True)
 
 
 def built_for(example, name, dtype, tuner):
@@ -81,10 +90,11 @@ def learners(lm, optim):
 
 
 def beside(example, lm):
-    """The roles that an objective asks: a reference near the policy, and its controllers, which have moved already."""
+    """The roles that an objective asks: a reference and a teacher near the policy, and its controllers, which have moved already."""
     objective = example.objective
     reference = Frozen(near(lm), micro_tokens=200) if "reference" in objective.needs else None
-    return Roles(reference, controls={name: value + 0.2 for name, value in objective.controls().items()}, micro_tokens=200)
+    teacher = Frozen(near(lm, seed=12), micro_tokens=200) if "teacher" in objective.needs else None
+    return Roles(reference, teacher=teacher, controls={name: value + 0.2 for name, value in objective.controls().items()}, micro_tokens=200)
 
 
 def near(lm, scale=0.02, seed=11):

@@ -5,6 +5,9 @@ tokens, shorter than the sequences of the tests.
 """
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -83,9 +86,26 @@ def make(name: str, dtype: str = "float32", layout: str = "auto", seed: int = 0,
     return wrap(transformer(name, dtype, seed, **changes), ModelSource(path="tiny", dtype=dtype, layout=layout))
 
 
+@cache
+def _home() -> "TemporaryDirectory[str]":
+    return TemporaryDirectory(prefix="tiny-fine-")
+
+
+@cache
+def fine(name: str, seed: int = 5, by: float = 0.02) -> Path:
+    """The folder of a model that was fine-tuned from `transformer(name)`: all its weights moved a little. Without a tokenizer."""
+    model, draw = transformer(name), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=draw))
+    folder = Path(_home().name) / f"{name}-{seed}-{by}"
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_scalar(name: str, dtype: str = "float32", layout: str = "auto", seed: int = 0, **changes: Any) -> ScalarLM:
     """A ScalarLM as `load_scalar` would give it."""
-    model = transformer(name, dtype, seed, AutoModelForSequenceClassification, num_labels=1, **changes)
+    model = transformer(name, dtype, seed, AutoModelForSequenceClassification, **{"num_labels": 1, **changes})
     return wrap_scalar(model, ModelSource(path="tiny", dtype=dtype, layout=layout))
 
 

@@ -56,6 +56,8 @@ RANKED = inline(
 STEPPED = inline(
     *({"prompt": f"What is {a} + {b}?", "steps": [f"{a} and {b}.", f"It is {a + b}."], "labels": [1, b % 2]} for a, b in SUMS)
 )
+CLASSIFIED = inline(*({"text": f"What is {a} + {b}?" + " Yes." * b, "label": ["few", "many"][a + b > 4]} for a, b in SUMS))
+CLASSIFIED["format"] = "classified"
 FEW: dict[str, Any] = {"rows": 5, "micro_tokens": 90}
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -71,13 +73,14 @@ COMPARED: dict[str, dict[str, Any]] = {  # those that learn from comparisons, la
     "ranking_reward": {"objective": "ranking_reward", "data": RANKED, "batch": FEW},
     "process_reward": {"objective": "process_reward", "data": STEPPED, "batch": FEW},
     "ppo": {"objective": "ppo", "task": TASK, "rollout": ROLLOUT, "critic": {"shared": True}},
+    "classify": {"objective": "classify", "data": CLASSIFIED, "batch": FEW},
 }
 TUNERS: dict[str, dict[str, Any]] = {"full": {"tuner": "full"}, "lora": {"tuner": {"kind": "lora", "rank": 4}}}
 OTHERS: dict[str, dict[str, Any]] = {
     "layers": {"kind": "layers", "last": 1, "unfreeze": 0.5}, "head": {"kind": "head", "untie": True},
     "bitfit": {"kind": "bitfit", "add": True}, "ia3": {"kind": "ia3"}, "adapter": {"kind": "adapter", "size": 4},
     "prompt": {"kind": "prompt", "tokens": 3}, "p_tuning": {"kind": "p_tuning", "tokens": 3, "at": [0, 1]},
-    "prefix": {"kind": "prefix", "tokens": 3, "projection": 8},
+    "prefix": {"kind": "prefix", "tokens": 3, "projection": 8}, "delta_scale": {"kind": "delta_scale"},
 }  # fmt: skip
 WHOLE_PPO: dict[str, Any] = {  # four updates a rollout, a critic of its own, a KL controller, and rows to learn from beside
     "objective": {"kind": "ppo", "kl_target": 0.5, "kl_horizon": 50, "entropy": 0.01},
@@ -113,12 +116,32 @@ def base() -> Path:
     return folder
 
 
+@cache
+def fine() -> Path:
+    """The base as if it had been fine-tuned: all its weights moved a little."""
+    import torch
+
+    from posttrain.tuners.load import load
+
+    found, draw = load(base()), torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for parameter in found.lm.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=draw))
+    folder = base().with_name("fine")
+    found.lm.model.save_pretrained(folder)
+    found.tokenizer.save_pretrained(folder)
+    return folder
+
+
 def settings(kind: str = "sft", adapter: str = "full", /, **changes: Any) -> dict[str, Any]:
     """A training stage of STEPS updates with a checkpoint after each; `changes` replace whole sections."""
     shared: dict[str, Any] = {
         "model": str(base()), "steps": STEPS, "checkpoint": {"every": 1, "keep": 2}, "optim": {"learning_rate": 1e-2},
     }  # fmt: skip
-    return {**shared, **(OBJECTIVES | COMPARED)[kind], **TUNERS[adapter], **changes}
+    found = {**shared, **(OBJECTIVES | COMPARED)[kind], **TUNERS[adapter], **changes}
+    if found["tuner"] == {"kind": "delta_scale"}:
+        found["tuner"] = {"kind": "delta_scale", "of": str(fine())}
+    return found
 
 
 def text(*args: Any, **changes: Any) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tiny_models import fine
 
 from posttrain.tuners import Tuner, tuned
 
@@ -86,10 +87,12 @@ class Case:
 
     def tuner(self, name):
         settings = dict(self.settings)
-        if self.kind == "bitfit" and name != "gpt2":
+        if self.kind == "bitfit" and name not in {"gpt2", "bert"}:
             settings["add"] = True
-        if self.kind == "head" and name == "qwen3":
+        if self.kind == "head" and name in {"qwen3", "bert"}:
             settings["untie"] = False
+        if self.kind == "delta_scale":
+            settings["of"] = str(fine(name))
         return Tuner.lookup(self.kind)(**settings)
 
     def __str__(self):
@@ -108,6 +111,8 @@ CASES = [
     Case("adapter", adapters(5, 2), {"size": 5}, 1e-3),
     Case("adapter", adapters(5, 1), {"size": 5, "variant": "pfeiffer", "activation": "relu"}, 1e-3, note="pfeiffer"),
     Case("adapter", adapters(5, 1), {"size": 5, "variant": "parallel", "scale": 4.0}, 1e-3, note="parallel"),
+    Case("delta_scale", lambda name: LAYERS * len(matrices(name)), {}, None),
+    Case("delta_scale", lambda name: LAYERS * len(matrices(name)), {"form": "low_rank", "rank": 3}, None, note="low rank"),
     Case("prompt", lambda name: 4 * D, {"tokens": 4}, None),
     Case("p_tuning", mlp(5, D), {"tokens": 5, "at": [0, 1]}, None),
     Case("p_tuning", lstm(4, 6), {"tokens": 4, "encoder": "lstm", "hidden": 6}, None, note="lstm"),

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from posttrain.errors import DataError
+
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
 
@@ -103,7 +105,62 @@ class Problem:
     where: str = ""
 
 
-Row = Conversation | Completion | Text | Preference | Labelled | Ranking | Steps | Problem
+Label = str | int | float | tuple[str, ...]  # a class, or a number; a tuple where any number of classes may be right
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """A text, or two that are judged together, or a conversation; and what it is."""
+
+    text: str
+    label: Label
+    second: str | None = None
+    messages: tuple[Message, ...] = ()
+    where: str = ""
+
+
+Row = Conversation | Completion | Text | Preference | Labelled | Ranking | Steps | Problem | Classified
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """What texts are told apart by. single: one of the labels is right; multi: any number of them; regression: a number, and no
+    labels."""
+
+    problem: Literal["single", "multi", "regression"]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a model says of a text."""
+        return len(self.labels) or 1
+
+    def numbers(self, label: Label, where: str) -> tuple[float, ...]:
+        """What a model is to say: the number of the class; 0 or 1 for each label; the number itself. Raises DataError."""
+        if self.problem == "regression":
+            if isinstance(label, str | tuple):
+                raise DataError(f"{where}: the label is {shown_label(label)}, and others are numbers; correct the row")
+            return (float(label),)
+        if (self.problem == "multi") != isinstance(label, tuple) or isinstance(label, float):
+            wanted = "one label" if self.problem == "single" else "a list of labels"
+            raise DataError(
+                f"{where}: expected {wanted}, found {shown_label(label)}; correct the row, or set objective.problem "
+                "(single: one label; multi: a list of them; regression: a number)"
+            )
+        names = label if isinstance(label, tuple) else (str(label),)
+        for name in names:
+            if name not in self.labels:
+                raise DataError(
+                    f'{where}: the label "{name}" is not among those that are known ({", ".join(self.labels)}); correct the row, '
+                    "or name all labels in objective.labels"
+                )
+        if self.problem == "single":
+            return (float(self.labels.index(names[0])),)
+        return tuple(float(each in names) for each in self.labels)
+
+
+def shown_label(label: Label) -> str:
+    return f"[{', '.join(label)}]" if isinstance(label, tuple) else f'"{label}"' if isinstance(label, str) else str(label)
 
 
 Rendering = tuple[list[int], list[bool]]  # the tokens of a sequence, and which of them are trained
@@ -111,10 +168,14 @@ Rendering = tuple[list[int], list[bool]]  # the tokens of a sequence, and which 
 
 @dataclass(frozen=True, slots=True)
 class RenderedRow:
-    """A row as a model sees it: its sequences (the two sides of a pair, say), and the numbers that go with them."""
+    """A row as a model sees it: its sequences (the two sides of a pair, say), and the numbers that go with them.
+
+    label: of a text, as its file says it; which number that is, is known when all labels are.
+    """
 
     sequences: tuple[Rendering, ...]
     numbers: tuple[float, ...] = ()
+    label: Label | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from posttrain.cli import chat, data, evaluate, export, init, kinds, merge, report, run, sample
+from posttrain.cli import chat, compress, data, delta, evaluate, export, init, kinds, merge, report, run, sample
 
 app = typer.Typer(
     name="posttrain",
@@ -23,6 +23,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "sample": sample.sample,
     "chat": chat.chat,
+    "delta": delta.delta,
+    "quantize": compress.quantize,
+    "prune": compress.prune,
     "merge": merge.merge,
     "export": export.export,
     "report": report.report,

@@ -1,16 +1,23 @@
 """posttrain chat"""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from posttrain.data.render import Template
+    from posttrain.models.source import ModelSource
     from posttrain.sampling.engine import Engine
+
+BASE = "base"  # what a model without its deltas is called
 
 
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder or a hub name.")],
+    delta: Annotated[list[Path] | None, typer.Option(help="A delta on this model, from `posttrain delta`; several.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
@@ -18,12 +25,15 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal; answers appear as they are written. /new begins anew, /quit ends.
 
+    With deltas, /delta NAME answers as that fine-tuned model from here on, /delta base as the model itself.
     Example: posttrain chat runs/quickstart/grpo-*/model --temperature 0
     """
     from posttrain.pipeline.libraries import heavy_imports
 
     with heavy_imports():
         from posttrain.data.render import Template
+        from posttrain.models.delta import switch
+        from posttrain.models.source import ModelSource
         from posttrain.sampling import InProcess, Sampling
         from posttrain.sampling.engine import Request
         from posttrain.text import Message
@@ -31,9 +41,12 @@ def chat(
 
     loaded = load(model)
     template = Template(loaded.tokenizer)
+    names = add_deltas(loaded.lm.model, delta, ModelSource(path=model)) if delta else []
     start = [Message("system", system)] if system else []
     messages, turn = list(start), 0
     print("type a message; /new begins anew, /quit ends")
+    if names:
+        print(f"/delta NAME answers as {', '.join(names)} or {BASE}; now {names[0]}")
     while True:
         try:
             said = input("\nyou> ").strip()
@@ -47,12 +60,38 @@ def chat(
             continue
         if not said:
             continue
+        if names and said.split()[0] == "/delta":
+            chosen = said.removeprefix("/delta").strip()
+            if chosen in (*names, BASE):
+                switch(loaded.lm.model, None if chosen == BASE else chosen)
+                print(f"now {chosen}; the conversation goes on")
+            else:
+                print(f"there is {', '.join(names)} and {BASE}: /delta {names[0]}")
+            continue
         messages.append(Message("user", said))
         turn += 1
         plan = Sampling(max_tokens=max_tokens, temperature=temperature)
         engine = InProcess(rows=1).open(loaded.lm, plan, sorted(template.stop_ids), seed)
         engine.add(Request(tuple(template.prompt(messages)), ("chat", turn)))
         messages.append(Message("assistant", _stream(engine, template)))
+
+
+def add_deltas(model: "PreTrainedModel", files: "list[Path]", base: "ModelSource") -> list[str]:
+    """Puts deltas onto a model, the first of them active; returns their names: of files their own, of a stage's model its.
+
+    Raises ModelError for what is no delta of this model, and for names that are taken.
+    """
+    from posttrain.errors import ModelError
+    from posttrain.models.delta import switch
+    from posttrain.models.delta_file import add_file
+
+    names = [(file.parent.name if file.name == "model" and file.is_dir() else file.stem) for file in files]
+    if BASE in names:
+        raise ModelError(f"{files[names.index(BASE)]}: {BASE} is the model without a delta; give the file another name")
+    for name, file in zip(names, files, strict=True):
+        add_file(model, file, name, base)
+    switch(model, names[0])
+    return names
 
 
 def _stream(engine: "Engine", template: "Template") -> str:

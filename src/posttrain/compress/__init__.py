@@ -1,1 +1,1 @@
-"""Models made smaller, and written in the forms that other programs read."""
+"""Making models smaller, saying by how much and at what price, and writing them in forms that other programs read."""

@@ -10,13 +10,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from posttrain.component import Settings
-from posttrain.data import comparisons as comparisons  # whose formats are registered with it
+from posttrain.data import classified as classified  # whose formats are registered with it
+from posttrain.data import comparisons as comparisons
 from posttrain.data.format import Format, Unusable, detect
 from posttrain.data.render import Making, Template
 from posttrain.data.rows import making_row
 from posttrain.data.source import Raw, Source
 from posttrain.errors import DataError, InputError
 from posttrain.text import (
+    Classified,
     Completion,
     Conversation,
     Labelled,
@@ -29,6 +31,7 @@ from posttrain.text import (
     Row,
     Steps,
     Text,
+    shown_label,
 )  # fmt: skip
 
 TOO_LONG = "longer than max_tokens"
@@ -106,9 +109,14 @@ class Loaded:
         return sum(map(len, self.rows))
 
     @property
+    def all(self) -> list[Row]:
+        return [row for source in self.rows for row in source]
+
+    @property
     def needs_chat(self) -> bool:
         """Whether some row is a chat, so that the tokenizer must have a chat template."""
-        return any(not isinstance(row, Text | Completion) for rows in self.rows for row in rows)
+        plain = [Text, Completion, Classified]
+        return any(type(row) not in plain or getattr(row, "messages", ()) for rows in self.rows for row in rows)
 
     def summary(self) -> list[str]:
         how = " (found from the columns of the first row)" if self.found else ""
@@ -327,7 +335,7 @@ def describe(data: str | Path | Data, template: Template | None = None, show: in
     if not isinstance(data, Data):
         data = Data.model_validate({"sources": {"kind": "file", "path": str(data)}})
     loaded = data.read()
-    rows = [row for source in loaded.rows for row in source]
+    rows = loaded.all
     answered = not any(isinstance(row, Problem) for row in rows)
     rendered = data.render(loaded, template) if template and answered else None
     if rendered and template:
@@ -344,7 +352,9 @@ def describe(data: str | Path | Data, template: Template | None = None, show: in
 
 
 def _said(row: RenderedRow, kind: str) -> list[str]:
-    """What the numbers of a row say of each of its sequences."""
+    """What the label or the numbers of a row say of each of its sequences."""
+    if row.label is not None:
+        return [f" ({shown_label(row.label)})"]
     if kind == "preference":
         return [" (chosen)", " (rejected)"]
     scored = kind in {"labelled", "ranking", "graded"}
@@ -361,6 +371,9 @@ def _views(row: Row, template: Template | None) -> list[list[tuple[str, bool]]]:
         return [[(f"{_chat(row.prompt)}\n[{name}] ", False), (_chat(side), True)] for name, side in _sides(row)]
     if isinstance(row, Conversation):
         return [[(_chat((message,)) + "\n", message.role == "assistant") for message in row.messages]]
+    if isinstance(row, Classified):
+        text = _chat(row.messages) if row.messages else "\n".join(filter(None, [row.text, row.second]))
+        return [[(f"{text}\n[label] {shown_label(row.label)}", False)]]
     if isinstance(row, Completion):
         return [[(row.prompt, False), (row.completion, True)]]
     return [[(row.text if len(row.text) <= 400 else row.text[:400] + "...", True)]]

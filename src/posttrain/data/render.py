@@ -8,6 +8,7 @@ What the policy sees when it is sampled from (`prompt`) is therefore exactly wha
 import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice, pairwise, takewhile
 from typing import Any, Literal, TypeVar
 
@@ -41,12 +42,13 @@ class Template:
 
     @property
     def text_end_id(self) -> int:
-        """The token that ends a document."""
-        if self.tokenizer.eos_token_id is None:
+        """The token that ends a document; an encoder's tokenizer has its separator there."""
+        ends = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
+        if ends is None:
             raise TemplateError(
                 "the tokenizer has no end-of-text token, so a document could not end; set eos_token in its tokenizer_config.json"
             )
-        return int(self.tokenizer.eos_token_id)
+        return int(ends)
 
     # chats
 
@@ -248,6 +250,44 @@ class Template:
         tokens = self._closed([*self._text_start, *(yield row.prompt + row.completion)])
         start = max(1, _alike(prompt, tokens))
         return tokens, [place >= start for place in range(len(tokens))]
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int], list[int]]:
+        """What the tokenizer puts before a text, between two, and behind the last. Nothing between two: it knows no pairs.
+
+        Raises TemplateError where it does something else to texts.
+        """
+        one, other = self._encode("a"), self._encode("b")
+        alone, both = self._encode("a", special=True), list(self.tokenizer("a", "b", verbose=False)["input_ids"])
+        start = next((place for place in range(len(alone)) if alone[place : place + len(one)] == one), 0)
+        head, tail = alone[:start], alone[start + len(one) :]
+        between = both[len(head) + len(one) : len(both) - len(tail) - len(other)]
+        if self.tokenizer.sep_token_id is None or self.tokenizer.sep_token_id not in between:
+            between, both = [], [*head, *one, *other, *tail]
+        if alone != [*head, *one, *tail] or both != [*head, *one, *between, *other, *tail]:
+            raise TemplateError("the tokenizer puts two texts together in a way that is not known; take another model")
+        return head, between, tail
+
+    def making_texts(self, text: str, second: str | None = None) -> Making[list[int]]:
+        """A text, or two, as the tokenizer itself gives them to a model; two are lines of one where it knows no pairs."""
+        for each in (text, second or ""):
+            if (found := self.control_in(each)) is not None:
+                raise Unusable(f"a text spells the control token {found}")
+        head, between, tail = self.frame
+        tokens = [*head, *(yield text if second is None or between else f"{text}\n{second}")]
+        if second is not None and between:
+            tokens += [*between, *(yield second)]
+        if len(tokens) == len(head):
+            raise Unusable("a text without tokens")
+        return [*tokens, *tail]
+
+    def making_chat(self, messages: Sequence[Message]) -> Making[list[int]]:
+        """A conversation, through the end of its last answer; where it ends with a question, all that the policy would answer."""
+        if messages[-1].role == "assistant":
+            tokens, _ = yield from self.making_conversation(Conversation(tuple(messages)), "last")
+            return tokens
+        self._refuse_control_tokens(messages)
+        return list((yield self._text(messages, (), ask=True)))
 
     def pieces(self, tokens: Sequence[int], max_tokens: int) -> list[Rendering]:
         """A document cut to `max_tokens`: each further piece begins with the last token before it, as context only.

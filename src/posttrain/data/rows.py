@@ -7,6 +7,7 @@ from posttrain.data.format import Prompted, Unusable
 from posttrain.data.render import Making, Template
 from posttrain.errors import DataError
 from posttrain.text import (
+    Classified,
     Completion,
     Conversation,
     Labelled,
@@ -40,6 +41,10 @@ def making_row(row: Row, template: Template, learn: Learn) -> Making[RenderedRow
             return RenderedRow((yield from _answers(row.prompt, row.completions, template, row.where)), row.scores)
         case Steps():
             return RenderedRow(((yield from template.making_steps(row)),), row.right)
+        case Classified():
+            made = template.making_chat(row.messages) if row.messages else template.making_texts(row.text, row.second)
+            tokens = yield from made
+            return RenderedRow(((tokens, [False] * len(tokens)),), label=row.label)
     raise DataError(f"{row.where}: this row is a problem without an answer to learn from; it can only be a task's")
 
 

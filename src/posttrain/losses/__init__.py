@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.losses.aggregate import sequence_means, sequence_sums
+    from posttrain.losses.classes import binary_cross_entropy, cross_entropy, squared_error
     from posttrain.losses.credit import gae, group_advantages, whiten
+    from posttrain.losses.distillation import logit_gap, vocabulary_kl
     from posttrain.losses.kl import adaptive_kl, kl_k1, kl_k2, kl_k3
     from posttrain.losses.policy_gradient import clipped_surrogate, clipped_value
     from posttrain.losses.preference import (
@@ -45,9 +47,14 @@ if TYPE_CHECKING:
 _HOME = {
     "sequence_means": "aggregate",
     "sequence_sums": "aggregate",
+    "binary_cross_entropy": "classes",
+    "cross_entropy": "classes",
+    "squared_error": "classes",
     "gae": "credit",
     "group_advantages": "credit",
     "whiten": "credit",
+    "logit_gap": "distillation",
+    "vocabulary_kl": "distillation",
     "adaptive_kl": "kl",
     "kl_k1": "kl",
     "kl_k2": "kl",
@@ -94,11 +101,13 @@ __all__ = [
     "apo_down",
     "apo_zero",
     "bco",
+    "binary_cross_entropy",
     "bradley_terry",
     "centring",
     "choice",
     "clipped_surrogate",
     "clipped_value",
+    "cross_entropy",
     "discopop",
     "dpo",
     "dpop",
@@ -117,6 +126,7 @@ __all__ = [
     "kto",
     "labelled",
     "log_odds_of_mean",
+    "logit_gap",
     "nca",
     "orpo",
     "psi_identity",
@@ -128,6 +138,8 @@ __all__ = [
     "sequence_sums",
     "simpo",
     "sppo",
+    "squared_error",
+    "vocabulary_kl",
     "whiten",
     "wpo_weight",
 ]

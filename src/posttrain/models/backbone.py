@@ -111,6 +111,17 @@ class Backbone(nn.Module):
             found[seqs.trained_tokens(rows).to(self.device)] = part
         return found
 
+    def logits(self, seqs: Sequences) -> Float[Tensor, "B C"]:
+        """What the head says of each sequence, where the model has one for whole sequences."""
+        raise NotImplementedError
+
+    def logits_of_many(self, seqs: Sequences, micro_tokens: int) -> Float[Tensor, "B C"]:
+        """`logits` of any number of sequences, at most about `micro_tokens` tokens at a time. For use without gradients."""
+        groups = layout.micro_batches(seqs, micro_tokens) or [[]]
+        parts = torch.cat([self.logits(seqs.select(rows)) for rows in groups])
+        order = torch.tensor([row for rows in groups for row in rows], dtype=torch.long, device=parts.device)
+        return torch.empty_like(parts).index_copy(0, order, parts)
+
     def _nothing(self) -> Float[Tensor, "0 D"]:
         """No states, with a gradient all the same: a batch with nothing to train is a zero that back-propagates."""
         anchor = next((each for each in self.model.parameters() if each.requires_grad), next(self.model.parameters()))

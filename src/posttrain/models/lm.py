@@ -75,14 +75,15 @@ class LM(Backbone):
         weight = weight.to(self.device)
         return self.token_sum(seqs, lambda logp, part: weight[part] * logp, temperature)
 
-    def over_vocab(self, seqs: Sequences, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """fn(logits of a chunk of trained tokens, their target ids) -> per-token values; recomputed in the backward."""
+    def over_vocab(self, seqs: Sequences, fn: Callable[..., Tensor], *beside: Tensor) -> Tensor:
+        """fn(logits of a chunk of trained tokens, their target ids, their rows of each of `beside`) -> per-token values;
+        recomputed in the backward."""
         states = self.hidden(seqs)
 
-        def chunk(rows: Tensor, wanted: Tensor) -> Tensor:
-            return fn(self.project(rows), wanted)
+        def chunk(rows: Tensor, *more: Tensor) -> Tensor:
+            return fn(self.project(rows), *more)
 
-        return vocabulary.over_rows(chunk, vocabulary.vocabulary_of(self.head), states, targets(seqs, states))
+        return vocabulary.over_rows(chunk, vocabulary.vocabulary_of(self.head), states, targets(seqs, states), *beside)
 
     def project(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits as the model itself would give them, float32 or wider, through the head module and whatever sits on it."""

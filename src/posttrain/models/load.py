@@ -1,6 +1,7 @@
 """Loading: from a `ModelSource` to an LM and its tokenizer, checked on a few tokens before anything is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ from posttrain.errors import ModelError
 from posttrain.models import layout
 from posttrain.models.attention import TreePlan
 from posttrain.models.backbone import Backbone, LayoutName
+from posttrain.models.encoder import Encoder
+from posttrain.models.heads import head_parameters
 from posttrain.models.lm import LM
 from posttrain.models.quantizer import plan_of
 from posttrain.models.scalar import ScalarLM
@@ -51,7 +54,7 @@ class LoadedScalar:
 def load(source: ModelSource | str | Path) -> Loaded:
     """Loads a causal LM. Raises ModelError for what transformers cannot load, or what posttrain cannot train rightly."""
     source = resolved(source)
-    model, tokenizer, report = _from_pretrained(AutoModelForCausalLM, source)
+    model, tokenizer, report = from_pretrained(AutoModelForCausalLM, source)
     if "score.weight" in report["unexpected_keys"]:
         raise ModelError(f"{source.path}: is a reward model: it scores and does not write; name a language model")
     if missing := sorted(report["missing_keys"]):
@@ -81,7 +84,7 @@ def load_scalar(source: ModelSource | str | Path, fresh: Callable[[Tensor], Any]
     it a folder that has none is refused. Raises ModelError as `load`.
     """
     source = resolved(source)
-    model, tokenizer, report = _from_pretrained(AutoModelForSequenceClassification, source, num_labels=1)
+    model, tokenizer, report = from_pretrained(AutoModelForSequenceClassification, source, num_labels=1)
     missing = sorted(report["missing_keys"])
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ModelError(
@@ -96,19 +99,18 @@ def load_scalar(source: ModelSource | str | Path, fresh: Callable[[Tensor], Any]
     elif missing or report["mismatched_keys"]:
         odd = [*missing, *(str(each[0]) for each in report["mismatched_keys"])]
         raise ModelError(f"{source.path}: the weights lack {odd[0]} ({len(odd)} missing in all); it is no whole reward model")
-    elif (head := _stored_head(source.folder())) is not None:
-        with torch.no_grad():
-            model.score.weight.copy_(head)
+    else:
+        restore_head(model, source.folder())
     return LoadedScalar(wrap_scalar(model, source), tokenizer)
 
 
-def _stored_head(folder: Path | None) -> Tensor | None:
-    """The score head of a local folder as it was stored: not rounded to the dtype that the model is loaded in."""
+def restore_head(model: PreTrainedModel, folder: Path | None) -> None:
+    """The head of a local folder as it was stored: not rounded to the dtype that the model is loaded in."""
+    head = head_parameters(model)
     for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
-        with safe_open(file, framework="pt") as weights:
-            if "score.weight" in weights.keys():  # noqa: SIM118
-                return weights.get_tensor("score.weight")
-    return None
+        with safe_open(file, framework="pt") as weights, torch.no_grad():
+            for name in set(weights.keys()) & set(head):
+                head[name].copy_(weights.get_tensor(name))
 
 
 def resolved(source: ModelSource | str | Path) -> ModelSource:
@@ -119,26 +121,14 @@ def resolved(source: ModelSource | str | Path) -> ModelSource:
     return source
 
 
-def _from_pretrained(auto: Any, source: ModelSource, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
-    """The model on its device, its tokenizer, and what transformers reports of the loading."""
-    assert source.path is not None
-    folder = source.folder()
-    name = str(folder) if folder else source.path
+@contextmanager
+def said_by(source: ModelSource) -> Iterator[None]:
+    """Says transformers' faults as ours, and keeps it quiet."""
     transformers_logging.disable_progress_bar()
     loudness = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # that a score head is new is known
-    trust = source.trust_remote_code is not None
-    shared: dict[str, Any] = {"revision": source.trust_remote_code or source.revision, "trust_remote_code": trust}
     try:
-        config = AutoConfig.from_pretrained(name, **shared, **options)
-        plan = plan_of(source.path, config, source.quantize, source.double)
-        if plan is not None:
-            shared["quantization_config"] = plan
-        model, report = auto.from_pretrained(
-            name, config=config, dtype=DTYPES[source.dtype], use_safetensors=True, output_loading_info=True, **shared
-        )
-        shared.pop("quantization_config", None)
-        tokenizer = AutoTokenizer.from_pretrained(name, **shared)
+        yield
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -146,6 +136,27 @@ def _from_pretrained(auto: Any, source: ModelSource, **options: Any) -> tuple[Pr
         raise ModelError(f"{source.path}: transformers cannot load this model: {first}") from None
     finally:
         transformers_logging.set_verbosity(loudness)
+
+
+def from_pretrained(
+    auto: Any, source: ModelSource, resized: bool = False, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
+    """The model on its device, its tokenizer, and what transformers reports of the loading. `options` are settings of its config;
+    `resized`: weights of another shape than these ask for are left out."""
+    assert source.path is not None
+    folder = source.folder()
+    name = str(folder) if folder else source.path
+    trust = source.trust_remote_code is not None
+    shared: dict[str, Any] = {"revision": source.trust_remote_code or source.revision, "trust_remote_code": trust}
+    with said_by(source):
+        config = AutoConfig.from_pretrained(name, **shared, **options)
+        plan = plan_of(source.path, config, source.quantize, source.double)
+        coded = {} if plan is None else {"quantization_config": plan}
+        model, report = auto.from_pretrained(
+            name, config=config, dtype=DTYPES[source.dtype], use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=resized, **shared, **coded,
+        )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(name, **shared)
     if source.chat_template is not None:
         tokenizer.chat_template = resolve(source.chat_template).read_text(encoding="utf-8")
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -162,23 +173,23 @@ def _from_pretrained(auto: Any, source: ModelSource, **options: Any) -> tuple[Pr
     return model, tokenizer, report
 
 
-Wrapped = TypeVar("Wrapped", LM, ScalarLM)
+Wrapped = TypeVar("Wrapped", LM, ScalarLM, Encoder)
 
 
 def wrap(model: PreTrainedModel, source: ModelSource) -> LM:
     """An LM around a transformers causal LM, in the layout that it takes."""
-    return _wrapped(LM, model, source, head_gap)
+    return wrapped(LM, model, source, head_gap)
 
 
 def wrap_scalar(model: PreTrainedModel, source: ModelSource) -> ScalarLM:
-    """A ScalarLM around a transformers sequence classifier with one output, in the layout that it takes."""
-    return _wrapped(ScalarLM, model, source, score_gap)
+    """A ScalarLM around a transformers sequence classifier for decoders, in the layout that it takes."""
+    return wrapped(ScalarLM, model, source, score_gap)
 
 
-def _wrapped(kind: type[Wrapped], model: PreTrainedModel, source: ModelSource, gap_of: Callable[[Wrapped], float]) -> Wrapped:
+def wrapped(kind: type[Wrapped], model: PreTrainedModel, source: ModelSource, gap_of: Callable[[Wrapped], float]) -> Wrapped:
     model.eval()
     model.config.use_cache = False
-    able = source.layout != "padded" and takes_the_tree(model)
+    able = source.layout != "padded" and kind is not Encoder and takes_the_tree(model)
     if source.layout == "tree" and not able:
         raise ModelError(f"{source.path}: {type(model).__name__} does not take layout: tree; use layout: auto, or padded")
     name: LayoutName = "tree" if able else "padded"
@@ -261,18 +272,18 @@ def head_gap(lm: LM) -> float:
 
 
 def score_gap(lm: ScalarLM) -> float:
-    """The difference between `ScalarLM.of` the last state and the model's own score of 8 tokens, relative where it is large."""
+    """The difference between `ScalarLM.logits_of` the last state and the model's own logits of 8 tokens, relative where large."""
     pad, vocabulary = lm.model.config.get_text_config().pad_token_id, lm.model.get_input_embeddings().weight.shape[0]
     tokens = [token % vocabulary for token in range(3, 11) if token % vocabulary != pad]  # the model passes over pads at the end
     ids = torch.tensor([tokens], device=lm.device)
     cast = lm.head.register_forward_pre_hook(lambda head, states: (states[0].to(head.weight.dtype),))  # float32 on bfloat16
     try:
         with torch.no_grad():
-            ours = lm.of(lm.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1:])[0] - lm.shift
-            theirs = lm.model(input_ids=ids, use_cache=False).logits[0, 0]
+            ours = lm.logits_of(lm.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, -1:])[0]
+            theirs = lm.model(input_ids=ids, use_cache=False).logits[0]
     finally:
         cast.remove()
-    return float((ours - theirs).abs() / theirs.abs().clamp(min=1.0))
+    return float(((ours - theirs).abs() / theirs.abs().clamp(min=1.0)).max())
 
 
 def _relative(one: Tensor, other: Tensor) -> float:

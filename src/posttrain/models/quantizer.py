@@ -16,18 +16,22 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from posttrain.errors import ModelError
+from posttrain.models.integers import Whole
 from posttrain.models.quantized import NF4, quantized, replace
 
 METHOD = "posttrain"  # as transformers knows it while loading
 STATE = "weight.quant_state.bitsandbytes__nf4"
+PACKED = "weight_packed"
+INTEGERS = [PACKED, "weight_scale", "weight_zero_point", "weight_shape", "weight"]
 NAMES = [STATE, *(f"weight.{part}" for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")), "weight"]
 
 
 class Plan(QuantizationConfigMixin):
-    """What is quantised, and how. stored: the folder holds the codes already. double: NF4's magnitudes in 8 bits."""
+    """What is quantised, and how. stored: the folder holds the codes already. double: NF4's magnitudes in 8 bits. grid: bits and
+    group of integers, where the codes are that."""
 
-    def __init__(self, stored: bool = False, double: bool = False) -> None:
-        self.quant_method, self.stored, self.double = METHOD, stored, double
+    def __init__(self, stored: bool = False, double: bool = False, grid: tuple[int, int] | None = None) -> None:
+        self.quant_method, self.stored, self.double, self.grid = METHOD, stored, double, grid
         self.written: dict[str, Any] = {}  # what config.json says of it
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,9 +52,11 @@ def plan_of(name: str, config: Any, wanted: str | None, double: bool) -> Plan | 
     del config.quantization_config
     if known.get("quant_method") == "bitsandbytes" and known.get("bnb_4bit_quant_type") == "nf4":
         return Plan(stored=True, double=bool(known.get("bnb_4bit_use_double_quant")))
+    if known.get("quant_method") == "compressed-tensors" and (grid := Whole.grid_of(known)) is not None:
+        return Plan(stored=True, grid=grid)
     raise ModelError(
         f"{name}: is quantised by {known.get('quant_method')} in a form that posttrain does not read (it reads NF4 of "
-        "bitsandbytes); take the model as it was before"
+        "bitsandbytes, and integers of compressed-tensors' pack-quantized); take the model as it was before"
     )
 
 
@@ -63,7 +69,7 @@ class Quantizer(HfQuantizer):
         self.plan = quantization_config
         self.targets: set[str] = set()
         self.dtype = torch.float32
-        self.serialized_names = {"weight": NAMES} if self.plan.stored else {}
+        self.serialized_names = {"weight": INTEGERS if self.plan.grid else NAMES} if self.plan.stored else {}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.dtype = dtype
@@ -118,7 +124,7 @@ class _Quantize(ConversionOps):
 
 
 class _Read(ConversionOps):
-    """Makes an NF4 layer of the tensors that a file holds for it. Weights that are none pass through."""
+    """Makes a layer of the tensors that a file holds for it. Weights that are none pass through."""
 
     def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer  # the name by which transformers leaves dtypes as they are
@@ -127,17 +133,20 @@ class _Read(ConversionOps):
         self, input_dict: dict[str, Any], model: PreTrainedModel, full_layer_name: str, missing_keys: set[str], **_: Any
     ) -> dict[str, Tensor]:
         tensors = {name: each[0] if isinstance(each, list) else each for name, each in input_dict.items()}
-        if STATE not in tensors:
+        grid = self.hf_quantizer.plan.grid
+        if STATE not in tensors and PACKED not in tensors:
             return {name: each.to(self.hf_quantizer.dtype) for name, each in tensors.items()}
         path = full_layer_name.removesuffix(".weight")
-        replace(model, path, NF4.read(tensors, model.get_submodule(path).bias))
+        bias = model.get_submodule(path).bias
+        replace(model, path, NF4.read(tensors, bias) if grid is None else Whole(tensors, bias, *grid))
         missing_keys.discard(full_layer_name)
         return {}
 
 
 def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The linear layers below a model's head by path, GPT-2's transposed ones among them."""
-    below = {id(each) for each in model.base_model.modules() if isinstance(each, nn.Linear | Conv1D)}
+    inside = model.base_model.named_modules()
+    below = {id(each) for path, each in inside if isinstance(each, nn.Linear | Conv1D) and not path.startswith("pooler.")}
     return {path: module for path, module in model.named_modules() if id(module) in below}
 
 

@@ -43,7 +43,7 @@ def save_reward_model(lm: ScalarLM, tokenizer: PreTrainedTokenizerBase, stop_ids
         tokenizer.pad_token = pad
     for config in {id(each): each for each in (lm.model.config, lm.model.config.get_text_config())}.values():
         config.pad_token_id = tokenizer.pad_token_id
-    lm.model.config.reward_shift = lm.shift
+    lm.keep_shift()
     save(lm.model, tokenizer, folder)
 
 

@@ -26,6 +26,16 @@ class Frozen:
         with torch.no_grad(), self.switch():
             return self.lm.logprobs_of_many(seqs, self.micro_tokens, temperature)
 
+    def hidden(self, seqs: Sequences) -> Float[Tensor, "N D"]:
+        """The state that each trained token is predicted from, without gradient; all sequences at once."""
+        with torch.no_grad(), self.switch():
+            return self.lm.hidden(seqs)
+
+    def logits_of(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+        """Its logits at some of these states."""
+        with torch.no_grad(), self.switch():
+            return self.lm.project(hidden)
+
     def sums(self, *seqs: Sequences) -> list[Float[Tensor, " B"]]:
         """log p of the trained tokens of each sequence, summed, float64; prefixes are shared across all that is given."""
         together = Sequences.joined(seqs)
@@ -81,6 +91,7 @@ class Roles:
 
     reference: Frozen | None = None
     earlier: Earlier | None = None
+    teacher: Frozen | None = None
     controls: dict[str, float] = field(default_factory=dict)
     micro_tokens: int = 8192
 

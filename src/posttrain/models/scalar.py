@@ -17,9 +17,10 @@ from posttrain.models.products import wide
 
 
 class ScalarLM(Backbone):
-    """Wraps a transformers sequence classifier with one output (`score`); the head computes in float32 or wider.
+    """Wraps a transformers sequence classifier for decoders (head `score`); the head computes in float32 or wider.
 
-    `shift` is added to every score. A transformers config keeps it as `reward_shift`, which transformers itself does not add.
+    A reward model has one output, a classifier C: `scores` is the first of `logits`. `shift` is added to every score;
+    a transformers config keeps it as `reward_shift`, which transformers itself does not add.
     """
 
     gives = "scores"
@@ -28,15 +29,29 @@ class ScalarLM(Backbone):
         super().__init__(model, layout, mixed)
         self.shift = float(getattr(model.config, "reward_shift", None) or 0.0)
 
+    def keep_shift(self) -> None:
+        """Writes the shift into the config; a classifier has none."""
+        if self.shift or self.model.config.problem_type is None:
+            self.model.config.reward_shift = self.shift
+
     @property
     def head(self) -> nn.Linear:
         return self.model.get_submodule("score")
 
-    def of(self, states: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
-        """The score of each state."""
+    def logits_of(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
+        """What the head says of each state."""
         head = self.head
         bias = None if head.bias is None else wide(head.bias)
-        return F.linear(wide(states), wide(head.weight), bias)[:, 0] + self.shift
+        return F.linear(wide(states), wide(head.weight), bias)
+
+    def of(self, states: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+        """The score of each state."""
+        return self.logits_of(states)[:, 0] + self.shift
+
+    def logits(self, seqs: Sequences) -> Float[Tensor, "B C"]:
+        """What the head says of each sequence, read at its last token."""
+        (states,) = self.states_at(layout.at_last, (seqs,))
+        return self.logits_of(states)
 
     @overload
     def scores(self, seqs: Sequences, /) -> Tensor: ...
@@ -49,10 +64,7 @@ class ScalarLM(Backbone):
 
     def scores_of_many(self, seqs: Sequences, micro_tokens: int) -> Float[Tensor, " B"]:
         """`scores` of any number of sequences, at most about `micro_tokens` tokens at a time. For use without gradients."""
-        found = seqs.starts.new_zeros(seqs.count, dtype=wide(self.head.weight).dtype, device=self.device)
-        for rows in layout.micro_batches(seqs, micro_tokens):
-            found[rows] = self.scores(seqs.select(rows))
-        return found
+        return self.logits_of_many(seqs, micro_tokens)[:, 0] + self.shift
 
     def values(self, seqs: Sequences) -> Float[Tensor, " N"]:
         """[N]: the score of the state before each trained token."""

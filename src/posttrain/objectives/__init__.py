@@ -3,7 +3,9 @@
 from posttrain.objectives import preference as preference
 from posttrain.objectives import reward as reward
 from posttrain.objectives import unpaired as unpaired
+from posttrain.objectives.classify import Classify
 from posttrain.objectives.grpo import GRPO
+from posttrain.objectives.match_logits import MatchLogits
 from posttrain.objectives.objective import Loss, Objective, OnPolicy
 from posttrain.objectives.online import XPO, OnlineDPO
 from posttrain.objectives.ppo import PPO
@@ -13,6 +15,7 @@ from posttrain.objectives.sft import SFT, Pretrain
 from posttrain.objectives.unpaired import KTO
 
 __all__ = [
-    "DPO", "GRPO", "IPO", "KTO", "PPO", "SFT", "XPO", "BradleyTerry", "Loss", "Objective", "OnPolicy", "OnlineDPO",
+    "DPO", "GRPO", "IPO", "KTO", "PPO", "SFT", "XPO", "BradleyTerry", "Classify", "Loss", "MatchLogits", "Objective",
+    "OnPolicy", "OnlineDPO",
     "PreferenceObjective", "Pretrain", "RewardObjective",
 ]  # fmt: skip

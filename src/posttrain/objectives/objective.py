@@ -1,7 +1,7 @@
 """Objectives: what signal moves the parameters. Sums and units, never means: the loop divides by the whole update's units."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from posttrain.component import Component
 
@@ -48,6 +48,10 @@ class Objective(Component):
     def controls(self) -> dict[str, float]:
         """What its controllers begin with, by name; they live in `roles.controls` and are part of a run's state."""
         return {}
+
+    def settled(self, rows: "Sequence[Row]") -> Self:
+        """With what it finds in all the rows that it learns from, such as their labels. Raises DataError."""
+        return self
 
     def check_rows(self, rows: "Sequence[Row]", learning: bool = True) -> None:
         """Refuses, before any weight is read, rows that it cannot learn from, or cannot be measured on. Raises DataError."""

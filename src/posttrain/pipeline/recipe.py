@@ -14,12 +14,16 @@ from posttrain.component import Component, Settings, did_you_mean
 from posttrain.data.source import StageRows
 from posttrain.errors import InputError, RecipeError
 from posttrain.models.source import ModelSource
+from posttrain.pipeline import classes as classes  # whose stage is registered with it
+from posttrain.pipeline.compression import MakeDelta
 from posttrain.pipeline.merge import Merge
+from posttrain.pipeline.prune import Prune
+from posttrain.pipeline.quantize import Quantize
 from posttrain.pipeline.stage import Stage, parts, references
 from posttrain.pipeline.stages import Create, Evaluate, Train
 from posttrain.pipeline.vary import expand
 
-__all__ = ["Create", "Evaluate", "Merge", "Recipe", "Train"]
+__all__ = ["Create", "Evaluate", "MakeDelta", "Merge", "Prune", "Quantize", "Recipe", "Train"]
 
 GLOBAL = ("name", "seed", "title", "report")
 

@@ -152,6 +152,9 @@ def stage_row(stage: Ran) -> dict[str, Any]:
     elif stage.kind == "evaluate":
         row["what"] = "evaluation" + (f", KL to {source_text(settings['kl_to'])}" if settings.get("kl_to") else "")
         row["on"] = [task_text(settings.get("task"))]
+    elif stage.kind in {"quantize", "prune"}:
+        row["what"] = _made_smaller(stage.kind, settings, done)
+        row["on"] = [_sources(settings["data"])] if settings.get("data") else []
     else:
         row["what"] = f"new model, {parameters:,.0f} parameters" if parameters else stage.kind
         row["on"] = [_sources(settings.get("data"))] if settings.get("data") else []
@@ -168,6 +171,13 @@ def _made_pairs(settings: dict[str, Any], done: dict[str, Any]) -> str:
     made = f"{pairs:,.0f} pairs" if pairs is not None else "pairs"
     how = f" by {dig(settings, 'choice')}, grader {dig(settings, 'task', 'grader', 'kind')}"
     return made + how + (f"; the winner has the higher score in {agreement:.0%}" if agreement is not None else "")
+
+
+def _made_smaller(kind: str, settings: dict[str, Any], done: dict[str, Any]) -> str:
+    places = (("bytes", "before"), ("bytes", "after"), ("metrics", "kl", "value"))
+    before, after, kl = (number(dig(done, *path)) for path in places)
+    size = f"; {after / before:.0%} of its 16-bit size" if before and after is not None else ""
+    return f"{kind}, method {kind_text(settings.get('method'))}{size}" + ("" if kl is None else f", KL {kl:.2g} nats a token")
 
 
 def _cost(done: dict[str, Any]) -> Iterator[str]:

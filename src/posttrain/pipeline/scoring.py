@@ -1,4 +1,4 @@
-"""Scores of the two sides of pairs, from a reward model or a policy; and of texts, from a language model."""
+"""What models say of data: scores of pairs, from a reward model or a policy; nats of texts; classes of texts."""
 
 import torch
 
@@ -6,14 +6,15 @@ from posttrain.batch import Sequences
 from posttrain.data.dataset import Data
 from posttrain.data.render import Template
 from posttrain.evaluation import Figure
+from posttrain.evaluation.classes import Told
 from posttrain.evaluation.intervals import ratio
 from posttrain.evaluation.preferences import Judged
 from posttrain.losses.aggregate import sequence_sums
 from posttrain.models.load import refuse_other_tokenizer
 from posttrain.models.roles import Frozen
 from posttrain.models.source import ModelSource
-from posttrain.text import RenderedRow
-from posttrain.tuners.load import load, load_scalar
+from posttrain.text import Classes, Classified, RenderedRow
+from posttrain.tuners.load import load, load_classifier, load_scalar
 
 AT_A_TIME = 4096  # tokens
 
@@ -46,6 +47,24 @@ def text_nll(model: ModelSource, data: Data) -> tuple[Figure, list[str]]:
         logp = loaded.lm.logprobs_of_many(rows, AT_A_TIME).cpu()
     totals = sequence_sums(-logp.double(), rows.owner, rows.count).tolist()
     return ratio(totals, rows.trained_lengths.tolist()), rendered.summary()
+
+
+def told_apart(model: ModelSource, data: Data) -> tuple[Classes, list[Classified], list[Told], list[str]]:
+    """What a classifier tells apart, the texts that can be used, what it says of each, and what there is to say of the data.
+
+    Raises DataError for a label that it does not know.
+    """
+    loaded = load_classifier(model)
+    classes, parsed = loaded.classes, data.read()
+    rendered = data.render(parsed, Template(loaded.tokenizer, parsed.needs_chat))
+    rendered.refuse_beyond(loaded.lm.context)
+    known = {row.where: row for row in parsed.all if isinstance(row, Classified)}
+    rows = [known[where] for places in rendered.places for where in places]
+    targets = [classes.numbers(row.label, row.where) for row in rows]
+    with torch.no_grad():
+        logits = loaded.lm.logits_of_many(Sequences.of(rendered.sequences), AT_A_TIME).double().tolist()
+    told = [Told(target, tuple(each)) for target, each in zip(targets, logits, strict=True)]
+    return classes, rows, told, rendered.summary()
 
 
 def _sides(data: Data, template: Template, context: int | None) -> tuple[list[RenderedRow], list[Sequences], list[str]]:

@@ -13,9 +13,15 @@ from posttrain.evaluation import Figure
 
 NAN = math.nan
 LARGEST = 1e300  # an integer of a damaged file may be larger than any float
-UNITS = {"evaluate": "problem", "evaluate_pairs": "pair", "evaluate_text": "text"}  # that evaluations count
-LOWER_IS_BETTER = {"nll", "perplexity", "loss"}
-HEADS = {"kl": "KL", "longer_wins": "longer wins", "calibration_error": "calibration", "log_length_correlation": "length corr."}
+UNITS = {  # that evaluations count
+    "evaluate": "problem", "evaluate_pairs": "pair", "evaluate_text": "text", "evaluate_classes": "text",
+}  # fmt: skip
+LOWER_IS_BETTER = {"nll", "perplexity", "loss", "absolute_error"}
+SHARES = {"greedy", "ended", "accuracy", "longer_wins", "calibration_error", "f1", "f1_macro", "f1_micro"}
+HEADS = {
+    "kl": "KL", "longer_wins": "longer wins", "calibration_error": "calibration", "log_length_correlation": "length corr.",
+    "f1": "F1", "f1_macro": "macro F1", "f1_micro": "micro F1", "absolute_error": "abs. error",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,7 @@ def _newest(folder: Path, notes: list[str]) -> dict[str, Path]:
 
 def is_share(name: str) -> bool:
     """Is the metric a share, shown in percent?"""
-    return name.startswith("pass@") or name in {"greedy", "ended", "accuracy", "longer_wins", "calibration_error"}
+    return name.startswith("pass@") or name in SHARES
 
 
 def known(value: float) -> bool:

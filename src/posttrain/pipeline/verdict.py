@@ -67,7 +67,7 @@ def _verdict(run: Run, group: Sequence[Ran]) -> str:
         "pass@1": "gets {} of its sampled answers right", "greedy": "gets {} of its likeliest answers right",
         "accuracy": "prefers the better answer in {}", "score": "scores {}", "nll": "needs {} nats a token",
     }  # fmt: skip
-    verb = verbs.get(metric)
+    verb = "labels {} of them rightly" if top.kind == "evaluate_classes" and metric == "accuracy" else verbs.get(metric)
     count = f"On {plural(best.count, UNITS[top.kind])}, " if best.count else ""
     text = f"{count}{run.label(top)} {(verb or metric + ' is {}').format(_with_interval(metric, best))}"
     if "longer_wins" in top.figures:

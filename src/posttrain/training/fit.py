@@ -51,7 +51,10 @@ class Learner:
         """tuner: what decides the learning rate where `optim` names none, and the pace of each parameter."""
         if tuner is not None and optim.learning_rate is None:
             optim = optim.model_copy(update={"learning_rate": tuner.learning_rates[1]})
-        return cls(parameters, optim.build(parameters, tuner.paces(list(parameters)) if tuner else None), optim)
+        optimizer = optim.build(parameters, tuner.paces(list(parameters)) if tuner else None)
+        if tuner is not None:
+            optimizer.register_step_post_hook(lambda *_: tuner.stepped(parameters))
+        return cls(parameters, optimizer, optim)
 
     def moving(self, step: int, steps: int) -> list[nn.Parameter]:
         """What moves in update `step` (from 0) of a run of `steps`. The gradients of what is still held are let go of."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from posttrain import draws
 from posttrain.batch import Sequences
 from posttrain.models.actor_critic import ActorCritic, ValueHead
+from posttrain.models.classifier import LoadedClassifier
 from posttrain.models.lm import LM
 from posttrain.models.load import Loaded, LoadedScalar, refuse_other_tokenizer
 from posttrain.models.quantized import quantized
@@ -27,19 +28,21 @@ from posttrain.tuners.tuner import refuse_quantized
 AT_ONCE = 512  # rows that the reference is asked about at a time
 
 
-def new_head(seed: int) -> Callable[[Tensor], Any]:
-    """Fills the weight [1, D] of a new score head with draws of deviation 1 / sqrt(D + 1) (arXiv 1909.08593)."""
+def new_head(seed: int, deviation: float | None = None) -> Callable[[Tensor], Any]:
+    """Fills the weights [C, D] of a new head, one after another, with draws of a deviation; by default 1 / sqrt(D + 1), for
+    scores (arXiv 1909.08593)."""
+    draw = draws.generator(seed, "score head")
 
     def fill(weight: Tensor) -> None:
-        draw = draws.generator(seed, "score head").standard_normal(weight.shape) / (weight.shape[1] + 1) ** 0.5
-        weight.copy_(torch.from_numpy(draw))
+        drawn = draw.standard_normal(weight.shape)
+        weight.copy_(torch.from_numpy(drawn / (weight.shape[1] + 1) ** 0.5 if deviation is None else drawn * deviation))
 
     return fill
 
 
 def frozen_roles(
     settings: TrainSettings,
-    loaded: Loaded | LoadedScalar,
+    loaded: Loaded | LoadedScalar | LoadedClassifier,
     parameters: Mapping[str, nn.Parameter],
     say: Callable[[str], None] = lambda _line: None,
 ) -> Roles:
@@ -48,6 +51,9 @@ def frozen_roles(
     lm, plan = loaded.lm, settings.reference
     micro_tokens = settings.batch.at_a_time(lm.device.type)
     roles = Roles(controls=settings.objective.controls(), micro_tokens=micro_tokens)
+    if settings.teacher is not None:
+        refuse_other_tokenizer("teacher", settings.teacher, loaded.tokenizer)
+        roles.teacher = Frozen(load(settings.teacher).lm.requires_grad_(False), micro_tokens=micro_tokens)
     if "reference" not in settings.objective.needs or plan.cache:
         return roles
     assert isinstance(lm, LM)

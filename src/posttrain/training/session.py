@@ -13,14 +13,17 @@ from posttrain.batch import Sequences
 from posttrain.data.dataset import Data, Loaded, Rendered
 from posttrain.data.render import Template
 from posttrain.evaluation import evaluate
+from posttrain.models.classifier import LoadedClassifier
+from posttrain.models.heads import head_parameters
 from posttrain.models.lm import LM
-from posttrain.models.load import save
+from posttrain.models.load import Loaded as LoadedLM
+from posttrain.models.load import LoadedScalar, save
 from posttrain.models.quantized import quantized
 from posttrain.models.reward import normalise, save_reward_model
 from posttrain.models.roles import Roles
 from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import ModelSource
-from posttrain.objectives import Objective, OnPolicy, RewardObjective
+from posttrain.objectives import Classify, Objective, OnPolicy, RewardObjective
 from posttrain.rl import OnPolicyStream
 from posttrain.text import RenderedRow
 from posttrain.training.beginning import begin_from_rows
@@ -31,10 +34,11 @@ from posttrain.training.settings import TrainSettings
 from posttrain.training.updates import Item, Mixed, RowUpdates, SampledUpdates, Update, Updates
 from posttrain.tuners import Tuner, tuned
 from posttrain.tuners.folder import foldable, save_adapter
-from posttrain.tuners.load import load, load_scalar
+from posttrain.tuners.load import load, load_classifier, load_scalar
 from posttrain.tuners.tuner import refuse_quantized
 
 UNBOUNDED = 10**9  # steps of a run whose end is a time
+CLASS_HEAD = 0.02  # deviation of a classifier's new head: all classes are about equally likely at the start
 
 
 @dataclass
@@ -63,7 +67,8 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
     """
     session.folder.mkdir(parents=True, exist_ok=True)
     rows = Rows.read(settings)
-    loaded = load_scalar(settings.model, new_head(session.seed)) if settings.objective.scores else load(settings.model)
+    settings = rows.settled(settings)
+    loaded = starting_model(settings, session.seed)
     template = Template(loaded.tokenizer, settings.task is not None or settings.validation.task is not None or rows.needs_chat)
     if quantized(loaded.lm.model):
         refuse_quantized(settings.tuner, str(settings.model.path))
@@ -72,8 +77,8 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
         settings.tuner.install(loaded.lm.model)
     if settings.tuner.reads_rows:
         begin_from_rows(settings, session.folder, session.seed, loaded.lm, template, rows.data)
-    if isinstance(loaded.lm, ScalarLM):
-        loaded.lm.head.requires_grad_(True)  # under every tuner
+    for parameter in head_parameters(loaded.lm.model).values():
+        parameter.requires_grad_(True)  # under every tuner
     learners = {"policy": Learner.of(tuned(loaded.lm.model), settings.optim, settings.tuner)}
     policy: Any = loaded.lm
     if settings.critic is not None:
@@ -109,6 +114,14 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
     }
 
 
+def starting_model(settings: TrainSettings, seed: int) -> LoadedLM | LoadedScalar | LoadedClassifier:
+    """A model of the sort that the objective trains; its head, where it has none, is drawn."""
+    objective = settings.objective
+    if isinstance(objective, Classify):
+        return load_classifier(settings.model, new_head(seed, CLASS_HEAD), objective.classes, objective.new_head)
+    return load_scalar(settings.model, new_head(seed)) if objective.scores else load(settings.model)
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of each section of a recipe that has some, read and parsed."""
@@ -120,18 +133,22 @@ class Rows:
 
     @classmethod
     def read(cls, settings: TrainSettings) -> "Rows":
-        """Raises DataError for malformed rows, and for rows that the objective cannot learn from together."""
+        """Raises DataError for malformed rows."""
         sections = {
             "data": settings.data,
             "validation": settings.validation.data,
             "mix": settings.mix.data if settings.mix else None,
             "normalise": settings.normalise.data if settings.normalise else None,
         }
-        found = cls(**{name: section.read() for name, section in sections.items() if section is not None})
-        for loaded, learning in ((found.data, True), (None if settings.measures_nll else found.validation, False)):
+        return cls(**{name: section.read() for name, section in sections.items() if section is not None})
+
+    def settled(self, settings: TrainSettings) -> TrainSettings:
+        """The settings with what the objective finds in its rows. Raises DataError for rows that it cannot learn from."""
+        settings = settings if self.data is None else settings.settled(self.data.all)
+        for loaded, learning in ((self.data, True), (None if settings.measures_nll else self.validation, False)):
             if loaded is not None:
-                settings.objective.check_rows([row for source in loaded.rows for row in source], learning)
-        return found
+                settings.objective.check_rows(loaded.all, learning)
+        return settings
 
     @property
     def needs_chat(self) -> bool:
@@ -280,8 +297,8 @@ def export(settings: TrainSettings, session: Session, policy: Any, template: Tem
     if settings.normalise is not None:
         session.facts["normalised"] = bring_to_zero(settings, policy, template, rows)
     if isinstance(policy, ScalarLM):
-        policy.model.config.reward_shift = policy.shift
-    folded = settings.tuner.merges and foldable(policy.model, settings.model)
+        policy.keep_shift()
+    folded = settings.tuner.folds_in and foldable(policy.model, settings.model)
     if folded and settings.tuner.stores:
         save_adapter(settings.tuner, policy.model, session.folder / "adapter", settings.model)
         template.tokenizer.save_pretrained(session.folder / "adapter")  # with the chat template that was learned
@@ -294,7 +311,7 @@ def export(settings: TrainSettings, session: Session, policy: Any, template: Tem
     write(policy, settings.tuner, settings.model, folded, template, session.folder / "model")
     if settings.critic is not None and not settings.critic.shared:
         source, tuner = settings.critic.model or settings.model, settings.critic.tuner
-        if folded := tuner.merges and foldable(policy.critic.model, source):
+        if folded := tuner.folds_in and foldable(policy.critic.model, source):
             tuner.merge(policy.critic.model)
         write(policy.critic, tuner, source, folded, template, session.folder / "critic")
 

@@ -1,5 +1,6 @@
 """The sections of a training stage that say how long, how much at a time, and what is kept."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -10,10 +11,11 @@ from posttrain.data.format import detect
 from posttrain.errors import RecipeError
 from posttrain.evaluation import Evaluation
 from posttrain.models.source import ModelSource, refuse_other_tokens
-from posttrain.objectives import Objective, OnPolicy
+from posttrain.objectives import Objective, OnPolicy, RewardObjective
 from posttrain.rl import Rollout
 from posttrain.sampling import InProcess, Sampler
 from posttrain.tasks import Task
+from posttrain.text import Row
 from posttrain.training.optim import AdamW, Optimizer
 from posttrain.tuners import Full, Tuner
 from posttrain.tuners.below import folds
@@ -183,6 +185,8 @@ class TrainSettings(Settings):
     """Where samples come from, in training and validation."""
     reference: Reference = Reference()
     """What the policy is compared with; for objectives that ask for one."""
+    teacher: ModelSource | None = None
+    """The model that is learned from; for objectives that need one, such as match_logits."""
     critic: Critic | None = None
     """For ppo, which needs it."""
     mix: Mix | None = None
@@ -246,6 +250,10 @@ class TrainSettings(Settings):
             raise ValueError(f"objective {kind} trains no critic; remove the section `critic`")
         if self.critic is not None and self.critic.tuner.reads_rows:
             raise ValueError("critic.tuner: init: eva is for the policy, which begins from the stage's rows; take another init")
+        if "teacher" in self.objective.needs and self.teacher is None:
+            raise ValueError(f"objective {kind} learns from another model: add `teacher`, a model of the same tokenizer")
+        if self.teacher is not None and "teacher" not in self.objective.needs:
+            raise ValueError(f"objective {kind} learns from no other model; remove the section `teacher`")
         if self.reference != Reference() and "reference" not in self.objective.needs:
             raise ValueError(f"objective {kind}, as it is set, compares with no reference; remove the section `reference`")
         if self.reference.cache and not self.objective.reference_per_row:
@@ -255,7 +263,7 @@ class TrainSettings(Settings):
                 f"reference.refresh: the reference would follow from where the policy begins, and under tuner {self.tuner.kind} "
                 "that is not the model that the stage starts from; remove `refresh`"
             )
-        if self.normalise is not None and not self.objective.scores:
+        if self.normalise is not None and not isinstance(self.objective, RewardObjective):
             raise ValueError(f"objective {kind} trains no reward model; remove the section `normalise`")
         if self.normalise is not None and self.objective.reads == "Stepped":
             raise ValueError(f"objective {kind} scores steps by the log-odds that they are right; remove the section `normalise`")
@@ -283,6 +291,11 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
+        self.refuse_unmeasured()
+        return self
+
+    def refuse_unmeasured(self) -> None:
+        """Raises ValueError where the best weights are to be chosen by what is not measured."""
         plan = self.validation
         known = []
         if plan.task is not None:
@@ -299,7 +312,15 @@ class TrainSettings(Settings):
             raise ValueError(f"validation.best: {plan.best!r} is not measured; {found}")
         if plan.patience is not None and plan.best is None:
             raise ValueError("validation.patience: needs validation.best, the metric that must improve")
-        return self
+
+    def settled(self, rows: Sequence[Row]) -> Self:
+        """With what its objective finds in the rows that it learns from. Raises RecipeError where something no longer fits."""
+        found = self.model_copy(update={"objective": self.objective.settled(rows)})
+        try:
+            found.refuse_unmeasured()
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+        return found
 
     @property
     def measures_nll(self) -> bool:
@@ -310,12 +331,15 @@ class TrainSettings(Settings):
         """What can be refused before any weight is read: files, columns, rows that the objective cannot learn from."""
         self.model.check()
         self._check_below(self.model, self.tuner, "tuner")
+        self.tuner.check(self.model)
         if self.critic is not None and not self.critic.shared:
             self._check_below(self.critic.model or self.model, self.critic.tuner, "critic.tuner")
+            self.critic.tuner.check(self.critic.model or self.model)
         self.optim.check(self.model)
         if self.critic is not None:
             self.critic.optim.check(self.critic.model or self.model)
-        for role, source in {"reference": self.reference.model, "critic": self.critic.model if self.critic else None}.items():
+        critic = self.critic.model if self.critic is not None else None
+        for role, source in {"reference": self.reference.model, "teacher": self.teacher, "critic": critic}.items():
             if source is not None:
                 source.check()
                 refuse_other_tokens(role, source, self.model)
@@ -353,6 +377,7 @@ class TrainSettings(Settings):
             if form.makes.isdisjoint(wanted):
                 fitting = "pretrain" if form.kind == "text" else "sft"
                 hint = f"; use objective {fitting}" if form.kind in {"text", "messages", "prompt_completion"} else ""
+                hint = "; name it: data.format: classified" if "Classified" in wanted else hint
                 raise RecipeError(
                     f"{first.where}: format {form.kind} gives nothing that objective {objective.kind} learns from{hint}"
                 )

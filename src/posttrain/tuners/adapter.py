@@ -62,8 +62,16 @@ class Adapter(Tuner, kind="adapter"):
         if self.variant == "houlsby":
             found = places(model, ("attention_out", "feed_forward_out"), self.kind)
             return [path for paths in found.values() for path in paths]
-        paths = places(model, ("feed_forward_out",), self.kind)["feed_forward_out"]
-        return paths if self.variant == "pfeiffer" else [path.rpartition(".")[0] for path in paths]
+        if self.variant == "pfeiffer":
+            return places(model, ("feed_forward_out",), self.kind)["feed_forward_out"]
+        found = places(model, ("feed_forward_in", "feed_forward_out"), self.kind)
+        hosts = [path.rpartition(".")[0] for path in found["feed_forward_out"]]
+        if not all(any(path.startswith(f"{host}.") for path in found["feed_forward_in"]) for host in hosts):
+            raise RecipeError(
+                f"tuner.variant: parallel stands beside the whole feed-forward layer, which {type(model).__name__} has no module "
+                "for; take pfeiffer or houlsby"
+            )
+        return hosts
 
     @contextmanager
     def switched_off(self, model: "PreTrainedModel") -> Iterator[None]:

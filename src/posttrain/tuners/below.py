@@ -14,7 +14,8 @@ def folds(source: ModelSource) -> bool:
     below = source.below()
     if below is None:
         return not source.is_quantized()
-    return (tuner_of(source) is None or tuner_of(source).merges) and folds(below)
+    tuner = tuner_of(source)
+    return (tuner is None or (tuner.merges and not tuner.kept_apart)) and folds(below)
 
 
 def refuse_unfoldable(source: ModelSource) -> None:

@@ -5,7 +5,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+
+from posttrain.models.heads import head_parameters
 
 NAME = "adapter"  # of the submodule that an adapted layer has
 
@@ -44,11 +47,13 @@ def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
     return {name.rpartition(".")[0]: each for name, each in model.named_modules() if isinstance(each, Bottleneck)}
 
 
-def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Scales and shifts of all normalisations, by name."""
+def norm_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Scales and shifts of all normalisations, by name; those of a head are trained with it."""
+    head = head_parameters(model)
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
         if "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False)
+        if f"{path}.{name}" not in head
     }

@@ -7,26 +7,30 @@ names the tuner and the model below, with the hash of its files. Nothing is ever
 import json
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.errors import ModelError
+from posttrain.models.heads import head_parameters, head_parts, of_config
 from posttrain.models.quantized import quantized
 from posttrain.models.source import ADAPTER, HUB, PEFT, ModelSource, about_adapter
 from posttrain.paths import named
+from posttrain.text import Classes
 from posttrain.tuners.below import folds, kind_of_peft, made_of
 from posttrain.tuners.injected import ADAPTER as NAME
 from posttrain.tuners.injected import PREFIX, activate, fold, task_of
 from posttrain.tuners.soft import SoftTuner
-from posttrain.tuners.tuner import Tuner
+from posttrain.tuners.tuner import Tuner, refuse_misfit
 
 WEIGHTS = "adapter_model.safetensors"
+HEADS = ("score.", "classifier.", "pre_classifier.", "head.")  # how transformers' classifiers call theirs
 
 
 def save_adapter(tuner: Tuner, model: PreTrainedModel, folder: Path, base: ModelSource) -> None:
@@ -41,35 +45,44 @@ def save_adapter(tuner: Tuner, model: PreTrainedModel, folder: Path, base: Model
     local = base.folder()
     if local is not None and not str(base.path).startswith("posttrain:"):
         known["beside"] = os.path.relpath(local, folder)  # where the two folders are moved together
-    if scores(model):
-        state[_score(tuner.peft_type)] = head_of(model).weight.detach().cpu().contiguous()
+    config, head = tuner.peft_config(model), head_parameters(model)
+    kind = None if config is None else tuner.peft_type
+    state |= {_in_file(name, kind): each.detach().cpu().contiguous() for name, each in head.items()}
+    if head and model.config.problem_type is not None:
+        known["classes"] = asdict(of_config(model.config))
+    elif head:
         known["reward_shift"] = float(getattr(model.config, "reward_shift", None) or 0.0)
-    save_file(state, folder / WEIGHTS)
-    config = tuner.peft_config(model)
+    save_file(state, folder / WEIGHTS, metadata=tuner.header(model, known))
     if config is not None:
         config.base_model_name_or_path, config.revision, config.inference_mode = base.path, base.revision, True
-        config.modules_to_save = ["score"] if scores(model) and hasattr(config, "modules_to_save") else None
+        parts = [path.rpartition(".")[2] for path in head_parts(model)]
+        config.modules_to_save = parts if parts and hasattr(config, "modules_to_save") else None
         config.save_pretrained(str(folder))
     (folder / ADAPTER).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, base: ModelSource, apart: bool = False) -> dict[str, Any]:
+def load_adapter(
+    model: PreTrainedModel, folder: Path, base: ModelSource, new_head: bool = False, apart: bool = False
+) -> dict[str, Any]:
     """Puts a folder's adapter into the model that it was learned on, frozen; it is folded into the weights where that can be,
     unless it is to stay `apart`.
 
-    Returns what the folder says of it. Raises ModelError for the adapter of another model, by hash or by shapes.
+    new_head: the model's own head stays, and the folder's is left aside. Returns what the folder says of it.
+
+    Raises ModelError for the adapter of another model, by hash or by shapes.
     """
     known = about_adapter(folder)
     refuse_other_base(known, folder, base)
     state = read(folder)
     peft = json.loads((folder / PEFT).read_text(encoding="utf-8")) if (folder / PEFT).is_file() else None
-    kind = None if peft is None else str(peft.get("peft_type"))
-    head = state.pop(_score(kind), None)
-    if scores(model):  # of a language model's adapter, for a critic that begins as it
+    places = head_parameters(model)
+    own = [name for name in state if (_bare(name) in places if places else _bare(name).startswith(HEADS))]
+    head = {_bare(name): state.pop(name) for name in own}
+    if places:  # of a language model's adapter, for a critic or a classifier that begins as it
         state = {name: each for name, each in state.items() if not name.startswith("lm_head.")}
     try:
         _put_in(model, folder, known.get("tuner"), peft, state, not apart and foldable(model, base))
-        if head is not None:
+        if head and not new_head:
             _put_head(model, head)
     except ModelError as error:
         raise ModelError(f"{named(folder)}: {error}") from None
@@ -112,8 +125,7 @@ def _put_in(
         assert peft is not None
         tuner = kind.from_peft(peft)
     with torch.random.fork_rng():
-        tuner.install(model)
-    tuner.restore(model, state)
+        tuner.install_stored(model, state)
 
 
 def inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], name: str) -> None:
@@ -156,30 +168,38 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 def has_score(folder: Path) -> bool:
     """Whether an adapter's file holds a score head."""
-    return any(name.endswith("score.weight") for name in read(folder))
+    return any(_bare(name) == "score.weight" for name in read(folder))
 
 
-def _score(peft_type: str | None) -> str:
-    """What a file calls a score head, which is trained in full beside any tuner."""
+def classes_in(folder: Path) -> Classes | None:
+    """What an adapter's own head tells apart; None where it has none. peft's files name no labels."""
+    known = about_adapter(folder)
+    if "classes" in known:
+        return Classes(known["classes"]["problem"], tuple(known["classes"]["labels"]))
+    last = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+    outputs = next((len(each) for name, each in read(folder).items() if _bare(name) in last), None)
+    if outputs is None:
+        return None
+    labels = tuple(f"LABEL_{index}" for index in range(outputs))
+    return Classes("regression") if outputs == 1 else Classes("single", labels)
+
+
+def _in_file(name: str, peft_type: str | None) -> str:
+    """What a file calls a parameter of a head, which is trained in full beside any tuner."""
     of_prompts = peft_type in {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
-    return "score.weight" if peft_type is None else "base_model.score.weight" if of_prompts else f"{PREFIX}score.weight"
+    return name if peft_type is None else f"base_model.{name}" if of_prompts else f"{PREFIX}{name}"
 
 
-def _put_head(model: PreTrainedModel, head: Tensor) -> None:
-    if not scores(model):
-        raise ModelError("is a reward model's adapter: it scores and does not write; name a language model")
-    if head.shape != head_of(model).weight.shape:
-        raise ModelError(f"the adapter's score head is {tuple(head.shape)}: it was made for another model")
+def _bare(name: str) -> str:
+    """The name of a parameter in the model, from that in a file."""
+    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
+
+
+def _put_head(model: PreTrainedModel, head: dict[str, Tensor]) -> None:
+    places = head_parameters(model)
+    if not places:
+        raise ModelError("is an adapter of a model that scores or classifies, and does not write; name a language model")
+    refuse_misfit(head, {name: each.shape for name, each in places.items()})
     with torch.no_grad():
-        head_of(model).weight.copy_(head)
-
-
-def scores(model: PreTrainedModel) -> bool:
-    """Whether it is a model with a score head."""
-    return model.get_output_embeddings() is None and hasattr(model, "score")
-
-
-def head_of(model: PreTrainedModel) -> nn.Linear:
-    head = model.get_submodule("score")
-    assert isinstance(head, nn.Linear)
-    return head
+        for name, place in places.items():
+            place.copy_(head[name])

@@ -1,6 +1,6 @@
 """Tuners that move some of the model's own weights: a part of its layers, its head, its biases."""
 
-import re
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Self
 
@@ -9,20 +9,21 @@ from pydantic import Field, PositiveInt, model_validator
 from posttrain.component import did_you_mean
 from posttrain.errors import RecipeError
 from posttrain.tuners.injected import layers_of
-from posttrain.tuners.places import linears
+from posttrain.tuners.places import BLOCK, linears
 from posttrain.tuners.tuner import Tuner, tuned
+from posttrain.tuners.zeros import hold_zeros, put_back
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-BLOCK = re.compile(r"(?:^|\.)(?:layers|h|layer|blocks)\.(\d+)\.")  # the number of the block that a parameter is of
 
 
 class Full(Tuner, kind="full"):
     """Every parameter moves."""
 
     stores = False
+    keep_zeros: bool = False
+    """Weights of the blocks' linear layers that are 0 at the start stay 0: for a pruned model (docs/compress.md)."""
 
     @property
     def changes_weights(self) -> bool:
@@ -30,6 +31,11 @@ class Full(Tuner, kind="full"):
 
     def install(self, model: "PreTrainedModel") -> None:
         model.requires_grad_(True)
+        if self.keep_zeros:
+            hold_zeros(model)
+
+    def stepped(self, parameters: "Mapping[str, nn.Parameter]") -> None:
+        put_back(parameters)
 
     def merge(self, model: "PreTrainedModel") -> None:
         """Nothing to fold: the weights are the model's own."""
@@ -42,15 +48,20 @@ class InPlace(Tuner):
         """Nothing to fold: the weights are the model's own."""
 
     def state(self, model: "PreTrainedModel") -> "dict[str, Tensor]":
-        return {name: each.detach() for name, each in tuned(model).items() if name != "score.weight"}  # kept under any tuner
+        from posttrain.models.heads import head_parameters
+
+        kept = head_parameters(model)  # under any tuner
+        return {name: each.detach() for name, each in tuned(model).items() if name not in kept}
 
 
 def own_parameters(model: "PreTrainedModel") -> "dict[str, nn.Parameter]":
     """A model's parameters without those of adapters that stand frozen below a tuner."""
-    from posttrain.models import soft
+    from posttrain.models import delta, soft
     from posttrain.tuners.bottleneck import bottlenecks
 
     added = [each for part in (*soft.all_of(model), *bottlenecks(model).values()) for each in part.parameters()]
+    below = delta.active(model)
+    added += [] if below is None else below.scales.values()
     for layer in layers_of(model).values():
         added += [each for name, each in layer.named_parameters() if not name.startswith("base_layer.")]
     foreign = {id(each) for each in added}
@@ -73,6 +84,9 @@ class Layers(InPlace, kind="layers"):
     """A block's learning rate, as a share of that of the block above it; 0.95 is usual. Embeddings are the lowest block."""
     unfreeze: float = Field(default=0.0, ge=0, lt=1)
     """The share of the run over which blocks begin to move, one after another from the top; 0 moves all from the start."""
+
+    keep_zeros: bool = False
+    """Weights of the blocks' linear layers that are 0 at the start stay 0: for a pruned model (docs/compress.md)."""
 
     @model_validator(mode="after")
     def _chooses(self) -> Self:
@@ -108,6 +122,11 @@ class Layers(InPlace, kind="layers"):
         model.requires_grad_(False)
         for name, parameter in own_parameters(model).items():
             parameter.requires_grad_(name in chosen)
+        if self.keep_zeros:
+            hold_zeros(model)
+
+    def stepped(self, parameters: "Mapping[str, nn.Parameter]") -> None:
+        put_back(parameters)
 
     def paces(self, names: "list[str]") -> dict[str, tuple[float, float]]:
         heights, _ = _heights(names)

@@ -4,14 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.errors import ModelError
+from posttrain.models import classifier
 from posttrain.models import load as plain
+from posttrain.models.classifier import LoadedClassifier
 from posttrain.models.load import Loaded, LoadedScalar
 from posttrain.models.source import ModelSource
+from posttrain.text import Classes
 from posttrain.tuners.below import folder_of
-from posttrain.tuners.folder import has_score, load_adapter
+from posttrain.tuners.folder import classes_in, has_score, load_adapter
 
 
 def load(source: ModelSource | str | Path, apart: bool = False, codes: bool = True) -> Loaded:
@@ -26,7 +31,7 @@ def load(source: ModelSource | str | Path, apart: bool = False, codes: bool = Tr
     if below is None:
         return plain.load(source if codes else _unquantised(source))
     found = load(below, codes=codes)
-    load_adapter(found.lm.model, folder_of(source), below, apart)
+    load_adapter(found.lm.model, folder_of(source), below, apart=apart)
     return Loaded(found.lm, tokenizer_of(source, found.tokenizer))
 
 
@@ -39,10 +44,56 @@ def load_scalar(
     if below is None:
         return plain.load_scalar(source if codes else _unquantised(source), fresh)
     found = load_scalar(below, nn.init.zeros_ if has_score(folder_of(source)) else fresh, codes=codes)
-    known = load_adapter(found.lm.model, folder_of(source), below, apart)
+    known = load_adapter(found.lm.model, folder_of(source), below, apart=apart)
     if "reward_shift" in known:
         found.lm.shift = float(known["reward_shift"])
     return LoadedScalar(found.lm, tokenizer_of(source, found.tokenizer))
+
+
+def load_classifier(
+    source: ModelSource | str | Path, fresh: Callable[[Tensor], Any] | None = None, classes: Classes | None = None,
+    new_head: bool = False,
+) -> LoadedClassifier:  # fmt: skip
+    """A model that says what texts are, in the same ways. Settings as for `models.classifier.load_classifier`."""
+    source = plain.resolved(source)
+    below = source.below()
+    if below is None:
+        return classifier.load_classifier(source, fresh, classes, new_head)
+    own = None if new_head else classes_in(folder_of(source))
+    if own is not None and classes is not None:
+        classifier.refuse_other_classes(str(source.path), own, classes)
+    found = load_classifier(below, nn.init.zeros_ if own else fresh, classes or own, new_head or own is not None)
+    load_adapter(found.lm.model, folder_of(source), below, new_head)
+    return LoadedClassifier(found.lm, tokenizer_of(source, found.tokenizer))
+
+
+def load_weights(source: ModelSource, like: PreTrainedModel) -> PreTrainedModel:
+    """The weights alone, with all adapters folded in, of a model of the same architecture as another; on the CPU.
+
+    Raises ModelError as `load`.
+    """
+    source = plain.resolved(source)
+    below = source.below()
+    if below is not None:
+        lower = load_weights(below, like)
+        load_adapter(lower, folder_of(source), below)
+        return lower
+    folder = source.folder()
+    name = str(folder) if folder else source.path
+    plain.transformers_logging.disable_progress_bar()
+    try:
+        kind = AutoConfig.from_pretrained(name, revision=source.revision).model_type
+        if kind != like.config.model_type:
+            raise ModelError(f"{source.path}: is a {kind} model and not of the base's architecture, {like.config.model_type}")
+        found, report = type(like).from_pretrained(
+            name, revision=source.revision, dtype=plain.DTYPES[source.dtype], use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{source.path}: transformers cannot load this model: {str(error).splitlines()[0]}") from None
+    if missing := sorted(set(report["missing_keys"]) - {"score.weight"}):
+        raise ModelError(f"{source.path}: the weights lack {missing[0]} ({len(missing)} missing in all); the file is not whole")
+    model: PreTrainedModel = found
+    return model
 
 
 def _unquantised(source: ModelSource) -> ModelSource:

@@ -1,6 +1,7 @@
 """LoRA: low-rank updates of linear layers; parameters and file format are peft's."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -75,13 +76,16 @@ class LoRA(Injected, kind="lora"):
     def config(self, model: "PreTrainedModel") -> "LoraConfig":
         from peft import LoraConfig
 
+        from posttrain.models.heads import head_parts
+
         self._check_targets(model)
         names = {name for path in linears(model) for name in path.split(".")}
-        elsewhere = sorted(name for name in names if any(one in name for one in OTHER_SENSES))
+        elsewhere = [rf".*{name}.*" for name in sorted(names) if any(one in name for one in OTHER_SENSES)]
+        elsewhere += [rf"{re.escape(path)}(\..*)?" for path in head_parts(model)]
         return LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, use_rslora=self.rslora, use_dora=self.dora,
             init_lora_weights=BEGINNINGS[self.init], task_type=task_of(model),
-            exclude_modules=rf".*({'|'.join(elsewhere)}).*" if elsewhere else None,
+            exclude_modules="|".join(elsewhere) or None,
         )  # fmt: skip
 
     def install(self, model: "PreTrainedModel") -> None:
@@ -122,19 +126,23 @@ class LoRA(Injected, kind="lora"):
 
     def _check_targets(self, model: "PreTrainedModel") -> None:
         """Raises RecipeError where a target names no linear layer of this model, or one that must not be."""
+        from posttrain.models.heads import head_parts
+
         if self.targets == "all-linear":
             return
         head = model.get_output_embeddings()
-        if head is None and "score" in self.targets:
-            raise RecipeError("tuner.targets: score is trained in full beside any tuner; leave it out")
+        above = {path for part in head_parts(model) for path in linears(model) if path == part or path.startswith(f"{part}.")}
         if head is not None and head.weight is model.get_input_embeddings().weight:
             tied = next(path.rpartition(".")[2] for path, module in model.named_modules() if module is head)
             if tied in self.targets:
                 raise RecipeError(
                     f"tuner.targets: {tied} shares its weights with the embeddings, so merging would change both; leave it out"
                 )
-        names = {path.rpartition(".")[2] for path in linears(model) if not any(one in path for one in OTHER_SENSES)}
+        inside = {path for path in linears(model) if not any(one in path for one in OTHER_SENSES)} - above
+        names, heads = ({path.rpartition(".")[2] for path in paths} for paths in (inside, above))
         for target in self.targets:
+            if target in heads - names:
+                raise RecipeError(f"tuner.targets: {target} is trained in full beside any tuner; leave it out")
             if target not in names:
                 raise RecipeError(f"tuner.targets: no linear layer is called {target!r}{did_you_mean(target, names)}")
 

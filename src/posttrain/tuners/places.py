@@ -1,5 +1,6 @@
 """Where the parts of a transformer's blocks are, by the names that architectures give them."""
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 Part = Literal["query", "key", "value", "query_key_value", "attention_out", "feed_forward_in", "feed_forward_out"]
 
+BLOCK = re.compile(r"(?:^|\.)(?:layers|h|layer|blocks)\.(\d+)\.")  # the number of the block that a path leads into
+
 NAMES: dict[str, Part] = {
     "q_proj": "query", "query": "query", "q_lin": "query",
     "k_proj": "key", "key": "key", "k_lin": "key",
@@ -19,7 +22,7 @@ NAMES: dict[str, Part] = {
     "qkv_proj": "query_key_value", "query_key_value": "query_key_value", "Wqkv": "query_key_value", "c_attn": "query_key_value",
     "o_proj": "attention_out", "out_lin": "attention_out",
     "gate_proj": "feed_forward_in", "up_proj": "feed_forward_in", "gate_up_proj": "feed_forward_in", "fc1": "feed_forward_in",
-    "c_fc": "feed_forward_in", "dense_h_to_4h": "feed_forward_in", "lin1": "feed_forward_in",
+    "c_fc": "feed_forward_in", "Wi": "feed_forward_in", "dense_h_to_4h": "feed_forward_in", "lin1": "feed_forward_in",
     "down_proj": "feed_forward_out", "fc2": "feed_forward_out", "dense_4h_to_h": "feed_forward_out", "lin2": "feed_forward_out",
 }  # fmt: skip
 OUTPUTS = {"c_proj", "dense", "out_proj", "Wo"}  # of attention, or of the feed-forward layer: their parent says which

@@ -44,7 +44,10 @@ class SoftTuner(Tuner):
 
         self._refuse_long(model)
         model.requires_grad_(False)
-        soft.add(model, self.soft_tokens(model).to(model.device, in_dtype_of(model)))
+        made = self.soft_tokens(model).to(model.device, in_dtype_of(model))
+        if _inside(model):
+            made.at = tuple(max(1, place) for place in made.at)  # its head reads the first token, which stays the text's own
+        soft.add(model, made)
 
     def _refuse_long(self, model: "PreTrainedModel") -> None:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -111,7 +114,10 @@ class Prompt(SoftTuner, kind="prompt"):
             raise ValueError("text: is empty; name words to begin with, or leave it out")
         return self
 
-    def peft_config(self, model: "PreTrainedModel") -> "PeftConfig":
+    def peft_config(self, model: "PreTrainedModel") -> "PeftConfig | None":
+        return None if _inside(model) else self._config(model)
+
+    def _config(self, model: "PreTrainedModel") -> "PeftConfig":
         from peft import PromptTuningConfig
 
         return PromptTuningConfig(prompt_tuning_init="RANDOM", **self._shared(model))
@@ -126,7 +132,7 @@ class Prompt(SoftTuner, kind="prompt"):
 
         from posttrain.models import soft
 
-        config, table = self.peft_config(model), model.get_input_embeddings()
+        config, table = self._config(model), model.get_input_embeddings()
         encoder = PromptEmbedding(config, table)
         with torch.no_grad():
             if self.text is not None:
@@ -165,7 +171,7 @@ class PTuning(SoftTuner, kind="p_tuning"):
         return self
 
     def peft_config(self, model: "PreTrainedModel") -> "PeftConfig | None":
-        return self._encoder_config(model) if self.at == [0] else None
+        return self._encoder_config(model) if self.at == [0] and not _inside(model) else None
 
     def _encoder_config(self, model: "PreTrainedModel") -> "PeftConfig":
         from peft import PromptEncoderConfig
@@ -242,6 +248,13 @@ class Prefix(SoftTuner, kind="prefix"):
             with torch.no_grad():
                 encoder.embedding.weight.copy_(_keys_and_values(model, _words(model, self.text, self.tokens)))
         return found
+
+
+def _inside(model: "PreTrainedModel") -> bool:
+    """Whether soft tokens stand behind the first token of a text, where peft knows no place for them."""
+    from posttrain.models.heads import is_encoder
+
+    return is_encoder(model)
 
 
 def _words(model: "PreTrainedModel", text: str, count: int) -> list[int]:

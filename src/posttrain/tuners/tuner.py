@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from posttrain.batch import Sequences
     from posttrain.models.backbone import Backbone
+    from posttrain.models.source import ModelSource
 
 
 class Tuner(Component):
@@ -25,6 +26,8 @@ class Tuner(Component):
     """Whether the result can be folded into the model's own weights. If not, a stage's model is an adapter folder."""
     stores: ClassVar[bool] = True
     """Whether what it learns is a file of its own, smaller than the model."""
+    kept_apart: ClassVar[bool] = False
+    """Whether a stage's model is an adapter folder although the result could be folded in: its point is to be small."""
     begins_apart: ClassVar[bool] = False
     """Whether the model is another as soon as the tuner is there, before anything is learned."""
     peft_type: ClassVar[str | None] = None
@@ -46,6 +49,14 @@ class Tuner(Component):
     def reads_rows(self) -> bool:
         """Whether it begins from what the model makes of rows: `observe` and `begin` then follow `install`."""
         return False
+
+    @property
+    def folds_in(self) -> bool:
+        """Whether a stage folds the result into its model."""
+        return self.merges and not self.kept_apart
+
+    def check(self, model: "ModelSource") -> None:
+        """Raises InputError for what cannot stand on this model, before weights are read."""
 
     def install(self, model: "PreTrainedModel") -> None:
         """Adds what the tuner needs and leaves `requires_grad` on exactly what it trains. Draws come from torch's generator.
@@ -72,6 +83,9 @@ class Tuner(Component):
         raise NotImplementedError
         yield
 
+    def stepped(self, parameters: "Mapping[str, nn.Parameter]") -> None:
+        """Called after every optimizer step with what moves."""
+
     def state(self, model: "PreTrainedModel") -> "dict[str, Tensor]":
         """What an adapter's file holds, under the names that it has there: the model's own tensors, not copies. Empty for tuners
         that have no such file."""
@@ -86,6 +100,16 @@ class Tuner(Component):
         with torch.no_grad():
             for name, place in places.items():
                 place.copy_(state[name])
+
+    def install_stored(self, model: "PreTrainedModel", state: "Mapping[str, Tensor]") -> None:
+        """`install` with what an adapter's file holds. Raises ModelError where it does not fit."""
+        self.install(model)
+        self.restore(model, state)
+
+    def header(self, model: "PreTrainedModel", base: "Mapping[str, Any]") -> dict[str, str] | None:
+        """What the file says of itself, for those that are used without their folder. base: what the folder says of the model
+        below: its `base` and the hash of its `weights`."""
+        return None
 
     def peft_config(self, model: "PreTrainedModel") -> "PeftConfig | None":
         """What peft needs to load the file; None where peft does not know such a tuner."""

@@ -1,0 +1,71 @@
+"""Differences from a base as files: one safetensors file whose header says what it is of. Nothing is unpickled."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from posttrain.errors import ModelError
+from posttrain.models.delta import Delta, LowRank, add, dense_shape, matrices
+from posttrain.models.source import HUB, ModelSource
+from posttrain.paths import named
+
+KEY, FORMAT = "posttrain_delta", 1  # of the header; the version of what follows it
+IN_FOLDER = "adapter_model.safetensors"  # the same file as an adapter folder has it
+
+
+def header(delta: Delta, model: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, str]:
+    """base: its `base` (a path or a hub name) and the hash of its `weights`."""
+    forms = {"low_rank" if isinstance(part, LowRank) else "signs" for part in delta.parts.values()}
+    shapes = {path: dense_shape(layer) for path, layer in matrices(model).items()}
+    about = {
+        "format": FORMAT, "form": " ".join(sorted(forms)), "base": base.get("base"), "weights": base.get("weights"),
+        "shapes": shapes,
+    }  # fmt: skip
+    return {KEY: json.dumps(about)}
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(what the file says of itself, its tensors); of an adapter folder that in it. Raises ModelError for no whole delta."""
+    file = path / IN_FOLDER if path.is_dir() else path
+    if not file.is_file():
+        raise ModelError(f"{named(path)}: no such file; make one with `posttrain delta FINE BASE`")
+    try:
+        with safe_open(file, framework="pt") as stored:
+            about = json.loads((stored.metadata() or {}).get(KEY, "null"))
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()} if about else {}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"{named(file)}: cannot be read: {first}; the file is not whole, or no delta") from None
+    if not isinstance(about, dict):
+        raise ModelError(f"{named(file)}: is no delta: its header does not say of what; make one with `posttrain delta`")
+    if about.get("format") != FORMAT:
+        raise ModelError(f"{named(file)}: is of format {about.get('format')}, made with a newer posttrain; update this one")
+    return about, tensors
+
+
+def add_file(model: PreTrainedModel, path: Path, name: str, base: ModelSource) -> None:
+    """Gives the base a difference from a file, not yet active. Raises ModelError for a file of another base."""
+    about, tensors = read(path)
+    recorded = str(about.get("weights") or HUB)
+    if not recorded.startswith(HUB) and base.folder() is not None and recorded != base.weights():
+        raise ModelError(
+            f"{named(path)}: this delta was made on another model than {base.path}: on {about.get('base')}, or its weights have "
+            "changed since"
+        )
+    for where, layer in matrices(model).items():
+        wanted = about.get("shapes", {}).get(where)
+        if wanted is None or tuple(wanted) != dense_shape(layer):
+            shown = "is not in the delta" if wanted is None else f"{' x '.join(map(str, wanted))} in the delta"
+            shape = " x ".join(map(str, dense_shape(layer)))
+            raise ModelError(f"{named(path)}: {where} is {shape} in {base.path} and {shown}: it was made on another model")
+    try:
+        with torch.no_grad():
+            add(model, Delta.of_tensors(tensors, model), name)
+    except ModelError as error:
+        raise ModelError(f"{named(path)}: {error}") from None
