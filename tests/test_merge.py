@@ -8,7 +8,7 @@ import pytest
 import torch
 from adapters import IDS, adapter, base, logits
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import transformer
 from tiny_runs import base as run_base
 from tiny_runs import settings
@@ -19,6 +19,7 @@ from posttrain.compress import export as exporting
 from posttrain.compress.readback import staged
 from posttrain.data.render import Template
 from posttrain.errors import InputError, ModelError, RecipeError, RunError
+from posttrain.models import delta, delta_file
 from posttrain.models.load import load_scalar as load_plain_scalar
 from posttrain.models.source import ModelSource
 from posttrain.pipeline.recipe import Recipe
@@ -297,7 +298,7 @@ def test_a_reward_models_adapter_is_not_mixed(start: Path, two: list[Path], tmp_
     tuner = Tuner.lookup("lora")(rank=2)
     tuner.install(loaded.lm.model)
     save_adapter(tuner, loaded.lm.model, tmp_path / "adapter", ModelSource(path=str(start)))
-    with pytest.raises(ModelError, match="is a reward model's adapter"):
+    with pytest.raises(ModelError, match="is the adapter of a model that scores"):
         posttrain.merge([two[0], tmp_path / "adapter"], tmp_path / "out", weights=[1, 1])
 
 
@@ -418,8 +419,49 @@ def test_what_peft_cannot_read_is_refused(start: Path, two: list[Path], tmp_path
         posttrain.export(adapter(two[0], tmp_path / "b", rank=2), tmp_path / "out", "peft")
     with pytest.raises(InputError, match="written as it was learned"):
         posttrain.export(two[0], tmp_path / "out", "peft", dtype="float16")
-    with pytest.raises(InputError, match="take one of folder, peft, gguf"):
+    with pytest.raises(InputError, match="take one of folder, peft, bitdelta, gguf"):
         posttrain.export(two[0], tmp_path / "out", "onnx")
+
+
+# ---- deltas
+
+
+def test_a_delta_is_one_file_or_folded_in(start: Path, tmp_path: Path) -> None:
+    fine = base(tmp_path / "fine", seed=0)
+    model = AutoModelForCausalLM.from_pretrained(fine)
+    with torch.no_grad():
+        for each in model.parameters():
+            each.add_(0.02 * torch.randn(each.shape, generator=torch.Generator().manual_seed(1)))
+    model.save_pretrained(fine)
+    folder = adapter(start, tmp_path / "delta", kind="delta_scale", of={"path": str(fine)})
+    wanted = logits(load(folder).lm.model)
+    told = posttrain.export(folder, tmp_path / "out.bitdelta", "bitdelta")
+    assert told.difference == 0
+    assert (tmp_path / "out.bitdelta").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+    lm = load(start).lm
+    delta_file.add_file(lm.model, tmp_path / "out.bitdelta", "out", ModelSource(path=str(start)))
+    delta.switch(lm.model, "out")
+    assert torch.equal(logits(lm.model), wanted)
+    posttrain.merge(folder, tmp_path / "merged")
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    assert (wanted - logits(load(start).lm.model)).abs().max() > 0.01
+    above = adapter(folder, tmp_path / "above", 2, rank=2)
+    posttrain.merge(above, tmp_path / "both")
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "both"))
+    torch.testing.assert_close(found, logits(load(above).lm.model), rtol=0, atol=2e-5)
+    with pytest.raises(ModelError, match="is no delta; make one"):
+        posttrain.export(start, tmp_path / "no.bitdelta", "bitdelta")
+    with pytest.raises(InputError, match=r"name it with .bitdelta"):
+        posttrain.export(folder, tmp_path / "no", "bitdelta")
+
+
+def test_a_classifiers_adapter_is_refused(start: Path, tmp_path: Path) -> None:
+    folder = adapter(start, tmp_path / "adapter", rank=2)
+    state = load_file(folder / "adapter_model.safetensors") | {"base_model.model.score.weight": torch.ones(3, 32)}
+    save_file(state, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="is a classifier"):
+        posttrain.merge(folder, tmp_path / "out")
 
 
 # ---- in a recipe

@@ -99,7 +99,8 @@ def export(
     model: str | Path, out: str | Path, format: str = "folder", dtype: str | None = None, base: str | Path | None = None,
     tokenizer: bool = True, dequantize: bool = False,
 ) -> "Written":  # fmt: skip
-    """Writes a model for others: `folder` for transformers, adapters merged; `peft`, an adapter alone; `gguf`, for llama.cpp.
+    """Writes a model for others: `folder` for transformers, adapters merged; `peft`, an adapter alone; `bitdelta`, a delta as one
+    file; `gguf`, for llama.cpp.
 
     dtype: float32, bfloat16 or float16, by default as the model is stored; of gguf also q8_0, q5_1, q5_0, q4_1, q4_0. Returns
     what was measured when it was read back. Raises as `merge`.

@@ -8,10 +8,10 @@ import typer
 
 def export(
     model: Annotated[str, typer.Argument(help="A model folder, an adapter folder, a hub name, or posttrain:tiny-base.")],
-    out: Annotated[Path, typer.Argument(help="What to write: a folder; of gguf a file.")],
+    out: Annotated[Path, typer.Argument(help="What to write: a folder; of gguf and bitdelta a file.")],
     form: Annotated[
         str,
-        typer.Option("--format", help="folder (transformers, adapters merged), peft (the adapter alone) or gguf (llama.cpp)."),
+        typer.Option("--format", help="folder (transformers; adapters merged), peft (an adapter), bitdelta, gguf (llama.cpp)."),
     ] = "folder",
     dtype: Annotated[
         str | None,

@@ -28,6 +28,7 @@ from posttrain.compress.readback import (
     wrong,
 )
 from posttrain.errors import InputError, ModelError
+from posttrain.models import delta, delta_file
 from posttrain.models import load as plain
 from posttrain.models.load import Loaded, LoadedScalar, resolved, save, wrap
 from posttrain.models.reward import save_reward_model
@@ -39,7 +40,7 @@ from posttrain.tuners.load import load
 from posttrain.tuners.merge import Codes, as_trained, is_scalar, merged
 from posttrain.tuners.mix import Mix
 
-FORMATS = ("folder", "peft", "gguf")
+FORMATS = ("folder", "peft", "bitdelta", "gguf")
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -114,7 +115,8 @@ def export(
     source: ModelSource | str | Path, out: str | Path, form: str = "folder", dtype: str | None = None, tokenizer: bool = True,
     codes: Codes | None = None,
 ) -> Written:  # fmt: skip
-    """Writes a model for others: `folder`, as `merge`; `peft`, an adapter as peft reads it; `gguf`, a file for llama.cpp.
+    """Writes a model for others: `folder`, as `merge`; `peft`, an adapter as peft reads it; `bitdelta`, a delta as one file;
+    `gguf`, a file for llama.cpp.
 
     dtype: float32, bfloat16, float16; of gguf also q8_0, q5_1, q5_0, q4_1, q4_0. tokenizer=False leaves it out of a gguf file.
     Raises as `merge`.
@@ -133,7 +135,7 @@ def export(
         raise InputError(
             "dtype and what becomes of codes are of a merged model; an adapter is written as it was learned: remove this"
         )
-    return _peft(source, out)
+    return _bitdelta(source, out) if form == "bitdelta" else _peft(source, out)
 
 
 def _folder(loaded: Loaded | LoadedScalar, want: Tensor, out: Path, dtype: str, same: bool) -> Written:
@@ -206,6 +208,38 @@ def _said_by_peft(folder: Path, below: ModelSource, scores: bool, rows: list[lis
     with torch.no_grad():
         found = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0].cpu() for row in rows]
     return torch.cat(found) if scores else torch.cat([each[-len(row) :][:-1] for each, row in zip(found, rows, strict=True)])
+
+
+def _bitdelta(source: ModelSource, out: Path) -> Written:
+    if out.suffix != ".bitdelta":
+        raise InputError(f"{out}: format bitdelta is one file: name it with .bitdelta")
+    below = source.below()
+    if below is None or kind_of(source) != "delta_scale":
+        raise ModelError(
+            f"{source.path}: is no delta; make one of a fine-tuned model and its base with `posttrain delta FINE BASE`"
+        )
+    delta_file.read(folder_of(source))  # before models are
+    trained = as_trained(source)
+    if isinstance(trained, LoadedScalar):
+        raise ModelError(
+            f"{source.path}: is a reward model's, whose score a .bitdelta file has no place for; use the folder as it is"
+        )
+    want, again = said(trained.lm), load(below)
+    if trained.tokenizer.chat_template != again.tokenizer.chat_template:
+        raise ModelError(
+            f"{source.path}: has another chat template than {below.path}, and a .bitdelta file leaves it to that; use the "
+            "folder as it is"
+        )
+    with staged(out, file=True) as stage:
+        file = stage / out.name
+        shutil.copyfile(folder_of(source) / WEIGHTS, file)
+        delta_file.add_file(again.lm.model, file, "exported", below)
+        delta.switch(again.lm.model, "exported")
+        got = said(again.lm)
+        refuse_far(want, got, out)
+        refuse_other_text(trained.tokenizer, again.tokenizer, out)
+        refuse_other_stops(stop_ids(trained), stop_ids(again), out)
+        return report(out, file, "bitdelta", "as learned", want, got, trained.tokenizer, stop_ids(trained))
 
 
 def _gguf(source: ModelSource, out: Path, dtype: str | None, text: bool, codes: Codes | None) -> Written:

@@ -1,9 +1,10 @@
 """A model with the adapters on it folded into its weights."""
 
+import json
 from typing import TYPE_CHECKING, Literal
 
 from posttrain.errors import ModelError
-from posttrain.models.source import ModelSource
+from posttrain.models.source import ModelSource, about_adapter
 from posttrain.tuners.below import refuse_codes, refuse_unfoldable
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def merged(source: ModelSource, codes: Codes | None = None) -> "Loaded | LoadedS
     codes: what becomes of quantised weights: those that their codes stand for, or those before they were quantised. Raises
     ModelError for quantised ones without it, and for adapters that cannot be folded.
     """
+    from posttrain.models import delta
     from posttrain.models.quantized import quantized
     from posttrain.tuners.injected import fold_all
     from posttrain.tuners.load import load, load_scalar
@@ -46,6 +48,12 @@ def merged(source: ModelSource, codes: Codes | None = None) -> "Loaded | LoadedS
     loaded = load_scalar(source, codes=keep) if is_scalar(source) else load(source, codes=keep)
     if codes is None and quantized(loaded.lm.model):  # of a hub model, which says so itself
         raise ModelError(f"{source.path}: is quantised; --dequantize writes the weights that its codes stand for")
+    if delta.active(loaded.lm.model) is not None:
+        if quantized(loaded.lm.model):
+            raise ModelError(
+                f"{source.path}: a delta on quantised weights is not merged; name the model that it is of with --base"
+            )
+        delta.merge(loaded.lm.model)
     dequantize(loaded.lm.model)
     fold_all(loaded.lm.model)
     as_built(loaded.lm.model)
@@ -88,13 +96,20 @@ def as_built(model: "PreTrainedModel") -> None:
 
 
 def is_scalar(source: ModelSource) -> bool:
-    """Whether it is a reward model: an adapter with a score, or a folder whose config says so."""
-    from posttrain.tuners.folder import has_score
+    """Whether it is a reward model: an adapter with a score, or a folder whose config says so. ModelError for classifiers."""
+    from posttrain.tuners.folder import classes_in, has_score
 
-    folder = source.folder()
+    folder, below = source.folder(), source.below()
     if folder is None:
         return False
-    below = source.below()
-    if below is None:
-        return "SequenceClassification" in (folder / "config.json").read_text(encoding="utf-8")
-    return has_score(folder) or is_scalar(below)
+    if below is not None:
+        known = classes_in(folder) if has_score(folder) else None
+        scores, classifies = known is not None, known is not None and known.problem != "regression"
+        classifies = classifies or (scores and "classes" in about_adapter(folder))
+    else:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        scores = any("Classification" in each for each in config.get("architectures") or [])
+        classifies = scores and len(config.get("id2label") or "12") > 1  # transformers leaves two labels out
+    if classifies:
+        raise ModelError(f"{source.path}: is a classifier, which a stage has merged already; use it, or the adapter, as it is")
+    return scores or (below is not None and is_scalar(below))

@@ -185,7 +185,7 @@ def _refuse_no_sum(source: ModelSource) -> None:
         )
     refuse_unfoldable(source)
     if has_score(folder_of(source)):
-        raise ModelError(f"{source.path}: is a reward model's adapter, and scores are no sum of others; merge it alone")
+        raise ModelError(f"{source.path}: is the adapter of a model that scores, and scores are no sum of others; merge it alone")
     if kind_of(source) != "lora":
         raise ModelError(f"{source.path}: is of tuner {kind_of(source)}, and only what lora learns adds up; merge it alone")
     config = folder_of(source) / PEFT
