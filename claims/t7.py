@@ -37,7 +37,7 @@ TUNERS: dict[str, dict[str, Any]] = {
     "prefix": {"kind": "prefix", "tokens": 10, "projection": None},
 }
 SETTINGS: dict[str, Any] = {
-    "seeds": [1, 2, 3], "rows": {"sentiment": 512, "commonsense": 256, "arithmetic": 256}, "few": 32, "test": 300, "epochs": 2,
+    "seeds": [1, 2, 3], "rows": {"sentiment": 384, "commonsense": 192, "arithmetic": 192}, "few": 32, "test": 200, "epochs": 2,
     "batch": 16, "longest": 40, "processes": 2,
     "rates": {
         "full": 3e-4, "lora": 2e-3, "adapter 8": 2e-3, "adapter 64": 1e-3, "ia3": 1e-2, "bitfit": 5e-3, "prompt": 3e-2,
