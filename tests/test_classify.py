@@ -577,7 +577,7 @@ def test_a_classifier_is_trained_validated_evaluated_and_reported(bert, tmp_path
     best = json.loads((done.folders["train"] / "done.json").read_text())["best"]
     assert best["value"] == pytest.approx(sum(right) / 7)
     page = write_report(tmp_path / "tiny").read_text()
-    assert f"On 7 texts, train labels {sum(right) / 7:.1%} of them rightly" in page
+    assert f"On 7 texts, train labels {sum(right) / 7:.1%} (95% interval" in page
     assert "macro F1" in page
 
 
