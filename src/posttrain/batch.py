@@ -15,12 +15,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from posttrain.models.roles import Frozen
     from posttrain.text import RenderedRow
 
 
+AnyBatch = TypeVar("AnyBatch")
+
+
+class Movable:
+    """What all batches share."""
+
+    __slots__ = ()
+
+    def to(self: AnyBatch, device: "torch.device | str") -> AnyBatch:
+        return moved(self, device)
+
+
 @dataclass(frozen=True, slots=True)
-class Sequences:
+class Sequences(Movable):
     """B token sequences laid end to end; sequence b is tokens[starts[b]:starts[b + 1]]."""
 
     tokens: Int[Tensor, " T"]
@@ -105,12 +116,9 @@ class Sequences:
         weight = None if self.weight is None else self.weight[rows]
         return replace(self, tokens=self.tokens[index], starts=starts, train=self.train[index], weight=weight)
 
-    def to(self, device: "torch.device | str") -> "Sequences":
-        return moved(self, device)
-
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class Answers(Movable):
     """A batch each of whose rows is one sequence."""
 
     seqs: Sequences
@@ -126,12 +134,6 @@ class Answers:
     @property
     def row_tokens(self) -> list[tuple[list[int], ...]]:
         return self.seqs.row_tokens
-
-    def to(self: "AnyAnswers", device: "torch.device | str") -> "AnyAnswers":
-        return moved(self, device)
-
-
-AnyAnswers = TypeVar("AnyAnswers", bound=Answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ class Rollouts(Answers):
 
 
 @dataclass(frozen=True, slots=True)
-class Valued:
+class Valued(Movable):
     """Rollouts with what a critic learns from: its value of the state before each sampled token as they were sampled, and the
     return that it should have said."""
 
@@ -188,12 +190,9 @@ class Valued:
         kept = self.rollouts.seqs.trained_tokens(rows)
         return Valued(self.rollouts.select(rows), self.value[kept], self.returns[kept])
 
-    def to(self, device: "torch.device | str") -> "Valued":
-        return moved(self, device)
-
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
+class Pairs(Movable):
     """P pairs of answers; the two sides of a pair begin with the same prompt.
 
     prefer: the probability that chosen wins; margin: by how much a reward must prefer it; chosen_ref, rejected_ref: the
@@ -242,9 +241,6 @@ class Pairs:
         optional = (None if each is None else each[rows] for each in known)
         return Pairs(self.chosen.select(rows), self.rejected.select(rows), self.prefer[rows], self.margin[rows], *optional)
 
-    def to(self, device: "torch.device | str") -> "Pairs":
-        return moved(self, device)
-
 
 @dataclass(frozen=True, slots=True)
 class Labelled(Answers):
@@ -275,7 +271,7 @@ class Labelled(Answers):
 
 
 @dataclass(frozen=True, slots=True)
-class Ranked:
+class Ranked(Movable):
     """For each of B prompts some answers with a score each: row b has sizes[b] of the S sequences, in order."""
 
     seqs: Sequences
@@ -311,9 +307,6 @@ class Ranked:
         kept = torch.isin(self.group, torch.tensor(rows, device=self.sizes.device)).nonzero()[:, 0].tolist()
         return Ranked(self.seqs.select(kept), self.sizes[rows], self.score[kept])
 
-    def to(self, device: "torch.device | str") -> "Ranked":
-        return moved(self, device)
-
 
 @dataclass(frozen=True, slots=True)
 class Stepped(Answers):
@@ -332,9 +325,9 @@ class Stepped(Answers):
 
 @dataclass(frozen=True, slots=True)
 class Taught(Answers):
-    """Answers that another model is asked about, token by token, while they are learned from: nothing of size [N, V] is kept."""
+    """Answers that a `models.roles.Frozen` teacher is asked about while they are learned from: nothing of size [N, V] is kept."""
 
-    teacher: "Frozen | None" = None
+    teacher: Any = None
 
     @classmethod
     def from_rows(cls, rows: Sequence["RenderedRow"]) -> "Taught":
@@ -342,9 +335,6 @@ class Taught(Answers):
 
     def select(self, rows: Sequence[int]) -> "Taught":
         return Taught(self.seqs.select(rows), self.teacher)
-
-    def to(self, device: "torch.device | str") -> "Taught":
-        return Taught(self.seqs.to(device), self.teacher)  # who stays where it is
 
 
 def _columns(rows: Sequence["RenderedRow"], count: int) -> list[Float[Tensor, " B"]]:
@@ -365,9 +355,6 @@ class Batch(Protocol):
     def row_tokens(self) -> list[tuple[list[int], ...]]: ...
     def select(self, rows: Sequence[int]) -> "Batch": ...
     def to(self, device: "torch.device | str") -> "Batch": ...
-
-
-AnyBatch = TypeVar("AnyBatch")
 
 
 def moved(batch: AnyBatch, device: "torch.device | str") -> AnyBatch:
@@ -408,9 +395,5 @@ def rebuilt(kind: str, plain: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         if name in tensors or name in plain:
             values[each.name] = tensors[name] if name in tensors else plain[name]
         elif any(key.startswith(f"{name}.") for key in tensors):
-            values[each.name] = rebuilt(_class_name(each.type), plain, tensors, f"{name}.")
+            values[each.name] = rebuilt(getattr(each.type, "__name__", str(each.type)), plain, tensors, f"{name}.")
     return cls(**values)
-
-
-def _class_name(annotation: Any) -> str:
-    return getattr(annotation, "__name__", str(annotation))
