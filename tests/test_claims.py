@@ -67,14 +67,13 @@ def test_a_delta_is_small_near_and_nearer_after_its_distillation(tmp_path):
     assert numbers["32: kl 4 bits"]["value"] < numbers["32: kl signs"]["value"] < numbers["32: kl base"]["value"]
 
 
-def test_the_problems_of_the_delta_are_right_and_their_answers_are_read_rightly():
-    for sign, result in ((t5.PLUS, [2, 2, 1]), (t5.MINUS, [2, 5])):
-        asked = t5.problems(sign)
-        assert len(asked) == 10_000
-        (tokens, marks) = asked[8735].sequences[0]
-        assert tokens == [t5.END, 8, 7, sign, 3, 5, t5.EQUALS, *result, t5.END]
-        assert [token for token, mark in zip(tokens, marks, strict=True) if mark] == [*result, t5.END]
-    assert t5.problems(t5.MINUS)[3587].sequences == asked[8735].sequences, "the larger number first"
+def test_the_rows_of_the_delta_are_written_again_and_backwards():
+    for task, way in (("copy", 1), ("reverse", -1)):
+        for row in t5.rows_of(task, 3, 20):
+            tokens, marks = row.sequences[0]
+            letters = tokens[1:6]
+            assert tokens == [t5.END, *letters, t5.EQUALS, *letters[::way]]
+            assert marks == [False] * 7 + [True] * 5
 
 
 def test_fewer_bits_cost_more_and_nf4_loses_less_than_equal_steps(tmp_path):
