@@ -73,7 +73,8 @@ def of_weights(count: int) -> dict[str, float]:
     import torch
 
     from posttrain import draws
-    from posttrain.compress.blocks import blocks_of, matrix_of
+    from posttrain.compress.blocks import blocks_of
+    from posttrain.models.linears import matrix_of
     from posttrain.compress.rounding import nearest
     from posttrain.models import nf4
 

@@ -82,7 +82,8 @@ def put_features(lm: Any, rows: Any, seed: int, features: int, times: float) -> 
     import torch
 
     from posttrain import draws
-    from posttrain.compress.blocks import blocks_of, matrix_of
+    from posttrain.compress.blocks import blocks_of
+    from posttrain.models.linears import matrix_of
     from posttrain.compress.folding import folds_of
 
     stream = draws.generator(seed, "T18")

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from posttrain.batch import Sequences
 from posttrain.cli.app import app
-from posttrain.compress.blocks import blocks_of, matrix_of
+from posttrain.compress.blocks import blocks_of
 from posttrain.compress.distance import distance
 from posttrain.compress.rounding import nearest
 from posttrain.errors import ModelError, RecipeError
 from posttrain.models.integers import Whole
+from posttrain.models.linears import matrix_of
 from posttrain.models.load import load as load_plain
 from posttrain.models.quantized import quantized
 from posttrain.models.source import ModelSource

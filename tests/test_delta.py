@@ -22,6 +22,7 @@ from posttrain.compress.delta import distances, remaining, sizes, sizes_of
 from posttrain.errors import ModelError, RecipeError
 from posttrain.models import delta, delta_file
 from posttrain.models.delta import Delta, LowRank, Signs, packed, unpacked
+from posttrain.models.linears import below_head
 from posttrain.models.load import wrap
 from posttrain.models.roles import Frozen, Roles
 from posttrain.models.source import ModelSource
@@ -301,7 +302,7 @@ def test_going_on_moves_the_scales_of_the_delta_below_and_stores_nothing_else(tm
     assert torch.equal(said(again), said(lm))
     more = DeltaScale()
     more.install(again.model)
-    assert set(tuned(again.model)) == set(more.state(again.model)) == {f"{path}.delta.scale" for path in delta.matrices(lm.model)}
+    assert set(tuned(again.model)) == set(more.state(again.model)) == {f"{path}.delta.scale" for path in below_head(lm.model)}
     move(again)
     save_adapter(more, again.model, tmp_path / "two", ModelSource(path=str(tmp_path / "one")))
     third = make("llama")

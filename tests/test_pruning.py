@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny_models import make, twin
 
 from posttrain.batch import Sequences
-from posttrain.compress.blocks import blocks_of, matrix_of, put, refuse_odd_inputs
+from posttrain.compress.blocks import blocks_of, refuse_odd_inputs
 from posttrain.compress.calibration import seen_by
 from posttrain.compress.compensation import output_error
 from posttrain.compress.pruners import Magnitude, SparseGPT, Wanda
@@ -22,6 +22,7 @@ from posttrain.compress.pruning import (
     wanda,
 )
 from posttrain.errors import RecipeError
+from posttrain.models.linears import matrix_of, put
 from posttrain.training.fit import Learner
 from posttrain.training.optim import AdamW
 from posttrain.tuners import Tuner, tuned

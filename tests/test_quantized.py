@@ -18,9 +18,10 @@ from tuned_models import ARCHITECTURES, CASES, installed, move
 from posttrain.batch import Sequences
 from posttrain.errors import ModelError, RecipeError
 from posttrain.models import nf4
+from posttrain.models.linears import below_head
 from posttrain.models.load import load, save
 from posttrain.models.quantized import NF4, quantized
-from posttrain.models.quantizer import linears, mark
+from posttrain.models.quantizer import mark
 from posttrain.models.source import ModelSource
 from posttrain.pipeline.recipe import Recipe
 from posttrain.sampling import Sampling
@@ -178,7 +179,7 @@ def coded(folders, name, **changes):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_all_linear_layers_below_the_head_are_read_as_codes_and_nothing_else(name, folders):
     lm, plain = coded(folders, name), load(ModelSource(path=str(folders[name]))).lm
-    places = linears(plain.model)
+    places = below_head(plain.model)
     assert set(quantized(lm.model)) == set(places)
     assert len(places) == 8 if name == "gpt2" else 14
     others = {key: each for key, each in plain.model.named_parameters() if key.removesuffix(".weight") not in places}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import make
 
 from posttrain.batch import Sequences
-from posttrain.compress.blocks import blocks_of, matrix_of
+from posttrain.compress.blocks import blocks_of
 from posttrain.compress.calibration import seen_by
 from posttrain.compress.compensation import compensated, inverse_factor, output_error
 from posttrain.compress.folding import folds_of
@@ -18,6 +18,7 @@ from posttrain.compress.rounders import AWQ, GPTQ, Nearest
 from posttrain.compress.rounding import awq_scale, awq_shrink, gptq, grid, nearest
 from posttrain.errors import RunError
 from posttrain.models.integers import Integers, from_words, to_words
+from posttrain.models.linears import matrix_of
 
 F64 = torch.float64
 BITS = (2, 3, 4, 8)

@@ -1,5 +1,6 @@
 """The world before tensors: what data files hold, what a policy wrote, what a grader said of it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -138,9 +139,10 @@ class Classes:
     def numbers(self, label: Label, where: str) -> tuple[float, ...]:
         """What a model is to say: the number of the class; 0 or 1 for each label; the number itself. Raises DataError."""
         if self.problem == "regression":
-            if isinstance(label, str | tuple):
+            number = None if isinstance(label, tuple) else as_number(label)
+            if number is None:
                 raise DataError(f"{where}: the label is {shown_label(label)}, and others are numbers; correct the row")
-            return (float(label),)
+            return (number,)
         if (self.problem == "multi") != isinstance(label, tuple) or isinstance(label, float):
             wanted = "one label" if self.problem == "single" else "a list of labels"
             raise DataError(
@@ -148,15 +150,27 @@ class Classes:
                 "(single: one label; multi: a list of them; regression: a number)"
             )
         names = label if isinstance(label, tuple) else (str(label),)
-        for name in names:
-            if name not in self.labels:
-                raise DataError(
-                    f'{where}: the label "{name}" is not among those that are known ({", ".join(self.labels)}); correct the row, '
-                    "or name all labels in objective.labels"
-                )
-        if self.problem == "single":
-            return (float(self.labels.index(names[0])),)
-        return tuple(float(each in names) for each in self.labels)
+        places = {self._place(name, where) for name in names}
+        return tuple(map(float, places)) if self.problem == "single" else tuple(float(i in places) for i in range(self.outputs))
+
+    def _place(self, name: str, where: str) -> int:
+        """Of a label among all; where a model has no names for them but LABEL_0, ..., a number is one."""
+        for known in (name, f"LABEL_{name}"):
+            if known in self.labels:
+                return self.labels.index(known)
+        raise DataError(
+            f'{where}: the label "{name}" is not among those that are known ({", ".join(self.labels)}); correct the row, or name '
+            "all labels where the model is trained (objective.labels)"
+        )
+
+
+def as_number(label: str | float) -> float | None:
+    """A finite number, also where a file has it as text; None for anything else."""
+    try:
+        found = float(label)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def shown_label(label: Label) -> str:

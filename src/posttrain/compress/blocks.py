@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from posttrain.component import did_you_mean
 from posttrain.errors import RecipeError
+from posttrain.models.linears import matrix_of
 from posttrain.tuners.places import BLOCK, linears
 
 
@@ -42,18 +40,6 @@ def blocks_of(model: PreTrainedModel, targets: Sequence[str] = ("*",)) -> list[B
         if match is not None and any(fnmatchcase(path, pattern) for pattern in targets):
             found.setdefault(path[: match.end(1)], {})[path] = layer
     return [Block(path, model.get_submodule(path), layers) for path, layers in found.items()]
-
-
-def matrix_of(layer: nn.Module) -> Float[Tensor, "M K"]:
-    """The weight of a linear layer as [outputs, inputs]; GPT-2's Conv1D keeps it the other way round."""
-    weight = layer.get_parameter("weight").detach()
-    return weight.t() if isinstance(layer, Conv1D) else weight
-
-
-def put(layer: nn.Module, matrix: Float[Tensor, "M K"]) -> None:
-    """Gives a linear layer the weight [outputs, inputs]."""
-    with torch.no_grad():
-        layer.get_parameter("weight").copy_(matrix.t() if isinstance(layer, Conv1D) else matrix)
 
 
 def refuse_odd_inputs(blocks: Sequence[Block], size: int, setting: str) -> None:

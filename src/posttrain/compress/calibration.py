@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posttrain.batch import Sequences
-from posttrain.compress.blocks import Block, matrix_of
+from posttrain.compress.blocks import Block
 from posttrain.errors import RecipeError
 from posttrain.models import layout
 from posttrain.models.attention import TreePlan
+from posttrain.models.linears import matrix_of
 from posttrain.models.lm import LM
 from posttrain.models.products import wide
 

@@ -12,9 +12,10 @@ from posttrain.batch import Sequences
 from posttrain.evaluation import Figure
 from posttrain.evaluation.intervals import ratio
 from posttrain.losses import logit_gap, sequence_sums, vocabulary_kl
-from posttrain.models.delta import Delta, Signs, dense, dense_shape, matrices, parameters, switched
+from posttrain.models.delta import Delta, Signs, difference, parameters, switched
 from posttrain.models.head import over_rows, vocabulary_of
 from posttrain.models.layout import micro_batches
+from posttrain.models.linears import below_head, matrix_of
 from posttrain.models.lm import LM
 
 HALF, SCALE = 2, 4  # bytes of a number in 16 bits, and of a scale
@@ -56,14 +57,14 @@ def sizes_of(config: Any) -> Sizes:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     stored = 0
-    for layer in matrices(model).values():
-        outputs, words = Signs.shapes(*dense_shape(layer))["signs"]
+    for layer in below_head(model).values():
+        outputs, words = Signs.shapes(*matrix_of(layer).shape)["signs"]
         stored += 4 * outputs * words + SCALE
     return Sizes(_in_matrices(model), stored, _in_all(model), stored + _in_all(model) - _in_matrices(model))
 
 
 def _in_matrices(model: PreTrainedModel) -> int:
-    return HALF * sum(int(layer.weight.numel()) for layer in matrices(model).values())
+    return HALF * sum(int(matrix_of(layer).numel()) for layer in below_head(model).values())
 
 
 def _in_all(model: PreTrainedModel) -> int:
@@ -73,12 +74,12 @@ def _in_all(model: PreTrainedModel) -> int:
 def remaining(base: PreTrainedModel, fine: PreTrainedModel, delta: Delta) -> dict[str, float | None]:
     """{matrix: ||difference - delta||^2 / ||difference||^2}. For signs 0.363 where differences are normal (1 - 2 / pi), 0.5 where
     they follow Laplace's distribution, 0.25 where they are uniform. None where there is no difference."""
-    layers, made, found = matrices(base), matrices(fine), dict[str, float | None]()
+    layers, made, found = below_head(base), below_head(fine), dict[str, float | None]()
     with torch.no_grad():
         for path, part in delta.parts.items():
-            difference = dense(made[path], base) - dense(layers[path], base)
-            size = float(difference.square().sum(dtype=torch.float64))
-            left = float((difference - part.dense()).square().sum(dtype=torch.float64))
+            gap = difference(layers[path], made[path])
+            size = float(gap.square().sum(dtype=torch.float64))
+            left = float((gap - part.dense()).square().sum(dtype=torch.float64))
             found[path] = left / size if size else None
     return found
 

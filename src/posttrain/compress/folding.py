@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posttrain.batch import Sequences
-from posttrain.compress.blocks import Block, matrix_of, put
+from posttrain.compress.blocks import Block
 from posttrain.compress.calibration import forward_to
+from posttrain.models.linears import matrix_of, put
 from posttrain.models.lm import LM
 
 SAME = 1e-4

@@ -29,8 +29,8 @@ class Pruner(Component):
         self, lm: "LM", blocks: "Sequence[Block]", rows: "Sequences | None", share: float, pattern: "Pattern | None"
     ) -> None:
         """Prunes one block after another, each by what it sees once those before it are pruned."""
-        from posttrain.compress.blocks import matrix_of, put
         from posttrain.compress.calibration import seen_by
+        from posttrain.models.linears import matrix_of, put
 
         assert rows is not None
         for block in blocks:
@@ -53,8 +53,8 @@ class Magnitude(Pruner, kind="magnitude"):
     def prune(
         self, lm: "LM", blocks: "Sequence[Block]", rows: "Sequences | None", share: float, pattern: "Pattern | None"
     ) -> None:
-        from posttrain.compress.blocks import matrix_of, put
         from posttrain.compress.pruning import lowest_of_all, lowest_of_groups, lowest_of_rows, magnitude
+        from posttrain.models.linears import matrix_of, put
 
         layers = [layer for block in blocks for layer in block.layers.values()]
         scores = [magnitude(matrix_of(layer)) for layer in layers]

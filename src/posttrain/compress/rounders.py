@@ -35,8 +35,8 @@ class Rounder(Component):
 
         grid: bits, group and symmetric, as `rounding.nearest` takes them.
         """
-        from posttrain.compress.blocks import put
         from posttrain.compress.calibration import seen_by
+        from posttrain.models.linears import put
 
         found: dict[str, Integers] = {}
         for block in blocks:
@@ -71,8 +71,8 @@ class Nearest(Rounder, kind="rtn"):
     def rounded(
         self, lm: "LM", block: "Block", rows: "Sequences | None", seen: "dict[str, Seen]", grid: dict[str, Any]
     ) -> "dict[str, Integers]":
-        from posttrain.compress.blocks import matrix_of
         from posttrain.compress.rounding import nearest
+        from posttrain.models.linears import matrix_of
 
         return {path: nearest(matrix_of(layer), **grid) for path, layer in block.layers.items()}
 
@@ -88,8 +88,8 @@ class GPTQ(Rounder, kind="gptq"):
     def rounded(
         self, lm: "LM", block: "Block", rows: "Sequences | None", seen: "dict[str, Seen]", grid: dict[str, Any]
     ) -> "dict[str, Integers]":
-        from posttrain.compress.blocks import matrix_of
         from posttrain.compress.rounding import gptq
+        from posttrain.models.linears import matrix_of
 
         return {
             path: gptq(matrix_of(layer), seen[path].hessian, **grid, damp=self.damp, order=self.order)
@@ -107,9 +107,9 @@ class AWQ(Rounder, kind="awq"):
     def rounded(
         self, lm: "LM", block: "Block", rows: "Sequences | None", seen: "dict[str, Seen]", grid: dict[str, Any]
     ) -> "dict[str, Integers]":
-        from posttrain.compress.blocks import matrix_of
         from posttrain.compress.folding import folds_of
         from posttrain.compress.rounding import awq_scale, awq_shrink, nearest
+        from posttrain.models.linears import matrix_of
         from posttrain.tuners.places import part_of
 
         assert rows is not None
@@ -139,7 +139,7 @@ class NormalFloat(Rounder, kind="nf4"):
     def layers(
         self, lm: "LM", blocks: "Sequence[Block]", rows: "Sequences | None", grid: dict[str, Any]
     ) -> "dict[str, Quantized]":
-        from posttrain.compress.blocks import matrix_of
+        from posttrain.models.linears import matrix_of
         from posttrain.models.quantized import NF4
 
         return {

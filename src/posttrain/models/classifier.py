@@ -56,8 +56,9 @@ def load_classifier(
     if odd := [name for name in missing if stored is not None or name not in head]:
         raise ModelError(f"{source.path}: the weights lack {odd[0]} ({len(odd)} missing in all); it is no whole model")
     for part in head_parts(model).values():
-        if next(part.parameters()).dtype == torch.bfloat16:
-            part.float().register_forward_pre_hook(_in_float32)
+        part.to(torch.promote_types(next(part.parameters()).dtype, torch.float32))
+        part.register_forward_pre_hook(_begin_wide)
+        part.register_forward_hook(_end_wide, always_call=True)
     if stored is None and fresh is not None:
         _fill(head, fresh)
     else:
@@ -103,9 +104,16 @@ def _fill(head: Mapping[str, nn.Parameter], fresh: Callable[[Tensor], Any]) -> N
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def _in_float32(_part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The head of a model in bfloat16 is in float32: small updates would round away."""
-    return tuple(each.float() for each in inputs)
+def _begin_wide(part: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A head computes in float32 or wider whatever the model does: small updates, and small differences, would round away."""
+    anchor = next(part.parameters())
+    part.wide = torch.autocast(anchor.device.type, enabled=False)
+    part.wide.__enter__()
+    return tuple(each.to(anchor.dtype) for each in inputs)
+
+
+def _end_wide(part: Any, _inputs: tuple[Any, ...], _output: Any) -> None:
+    part.wide.__exit__(None, None, None)
 
 
 def wrap_encoder(model: PreTrainedModel, source: ModelSource) -> Encoder:

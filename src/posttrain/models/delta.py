@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from posttrain.errors import ModelError
+from posttrain.models.linears import below_head, matrix_of, put
 from posttrain.models.products import product, wide
 
 NAME = "delta"  # of the submodule that a layer has
@@ -183,9 +183,9 @@ class Delta:
                     f"{name} is {tuple(theirs[name].shape)} in the fine-tuned model and {tuple(value.shape)} in the base: it was "
                     "made from another base"
                 )
-        layers, made = matrices(base), matrices(fine)
+        layers, made = below_head(base), below_head(fine)
         with torch.no_grad():
-            parts = {path: form(dense(made[path], base) - dense(layers[path], base)) for path in layers}
+            parts = {path: form(difference(layers[path], made[path])) for path in layers}
             whole = {}
             for name, old in ours.items():
                 new = theirs[name].detach().to(old.device)
@@ -197,13 +197,14 @@ class Delta:
     def of_tensors(cls, tensors: Mapping[str, Tensor], base: PreTrainedModel) -> "Delta":
         """What `tensors` gave, for a base of the same shapes. Raises ModelError where it does not fit."""
         left, parts = dict(tensors), {}
-        for path, layer in matrices(base).items():
+        for path, layer in below_head(base).items():
             given = {name: left.pop(f"{path}.{NAME}.{name}", None) for name in ("scale", "signs", "up", "down")}
-            here = {name: each.to(layer.weight.device) for name, each in given.items() if each is not None}
+            here = {name: each.to(matrix_of(layer).device) for name, each in given.items() if each is not None}
             if not here:
                 raise ModelError(f"the delta lacks {path}: it was made for another base, or its file is not whole")
             try:
-                parts[path] = _part(here, *dense_shape(layer), wide(layer.weight[:0]).dtype)
+                outputs, inputs = matrix_of(layer).shape
+                parts[path] = _part(here, outputs, inputs, wide(matrix_of(layer)[:0]).dtype)
             except ModelError as error:
                 raise ModelError(f"{path}: {error}") from None
         own = parameters(base)
@@ -242,17 +243,6 @@ def _part(given: Mapping[str, Tensor], outputs: int, inputs: int, kind: torch.dt
     raise ModelError(f"is {outputs} x {inputs} in this base, and of another shape in the delta: it was made for another one")
 
 
-def matrices(model: PreTrainedModel) -> dict[str, Any]:
-    """The linear layers of the blocks by path, GPT-2's transposed ones among them; without vocabulary and score heads."""
-    head, inside = model.get_output_embeddings(), model.base_model
-    prefix = "" if inside is model else f"{model.base_model_prefix}."
-    return {
-        f"{prefix}{path}": each
-        for path, each in inside.named_modules()
-        if isinstance(each, nn.Linear | Conv1D) and each is not head
-    }
-
-
 def parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """A model's parameters, tied ones once; without scales of differences, and without a score head, which is trained beside any
     tuner and kept with it."""
@@ -260,16 +250,10 @@ def parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {name: each for name, each in own if f".{NAME}." not in name and name != "score.weight"}
 
 
-def dense_shape(layer: Any) -> tuple[int, int]:
-    """(outputs, inputs)"""
-    first, second = layer.weight.shape
-    return (second, first) if isinstance(layer, Conv1D) else (first, second)
-
-
-def dense(layer: Any, like: PreTrainedModel) -> Float[Tensor, "O I"]:
-    """A layer's weight, float32 or wider, where another model is."""
-    weight = wide(layer.weight.detach()).to(like.device)
-    return weight.t() if isinstance(layer, Conv1D) else weight
+def difference(layer: nn.Module, fine: nn.Module) -> Float[Tensor, "O I"]:
+    """What a fine-tuned layer's matrix has beyond another's, float32 or wider, on the other's device."""
+    matrix = wide(matrix_of(layer))
+    return wide(matrix_of(fine)).to(matrix.device) - matrix
 
 
 # ---- in a model
@@ -365,8 +349,8 @@ def merge(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for path, part in delta.parts.items():
             layer = _host(model, path)
-            more = part.dense().t() if isinstance(layer, Conv1D) else part.dense()
-            layer.weight.copy_((wide(layer.weight) + more).to(layer.weight.dtype))
+            matrix = matrix_of(layer)
+            put(layer, (wide(matrix) + part.dense()).to(matrix.dtype))
         for name, value in whole.items():
             own[name].data = value
     del vars(model)["deltas"]

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.errors import ModelError
-from posttrain.models.delta import Delta, LowRank, add, dense_shape, matrices
+from posttrain.models.delta import Delta, LowRank, add
+from posttrain.models.linears import below_head, matrix_of
 from posttrain.models.source import HUB, ModelSource
 from posttrain.paths import named
 
@@ -22,7 +23,7 @@ IN_FOLDER = "adapter_model.safetensors"  # the same file as an adapter folder ha
 def header(delta: Delta, model: PreTrainedModel, base: Mapping[str, Any]) -> dict[str, str]:
     """base: its `base` (a path or a hub name) and the hash of its `weights`."""
     forms = {"low_rank" if isinstance(part, LowRank) else "signs" for part in delta.parts.values()}
-    shapes = {path: dense_shape(layer) for path, layer in matrices(model).items()}
+    shapes = {path: list(matrix_of(layer).shape) for path, layer in below_head(model).items()}
     about = {
         "format": FORMAT, "form": " ".join(sorted(forms)), "base": base.get("base"), "weights": base.get("weights"),
         "shapes": shapes,
@@ -58,12 +59,12 @@ def add_file(model: PreTrainedModel, path: Path, name: str, base: ModelSource) -
             f"{named(path)}: this delta was made on another model than {base.path}: on {about.get('base')}, or its weights have "
             "changed since"
         )
-    for where, layer in matrices(model).items():
-        wanted = about.get("shapes", {}).get(where)
-        if wanted is None or tuple(wanted) != dense_shape(layer):
+    for where, layer in below_head(model).items():
+        wanted, shape = about.get("shapes", {}).get(where), list(matrix_of(layer).shape)
+        if wanted != shape:
             shown = "is not in the delta" if wanted is None else f"{' x '.join(map(str, wanted))} in the delta"
-            shape = " x ".join(map(str, dense_shape(layer)))
-            raise ModelError(f"{named(path)}: {where} is {shape} in {base.path} and {shown}: it was made on another model")
+            ours = f"{where} is {' x '.join(map(str, shape))} in {base.path}"
+            raise ModelError(f"{named(path)}: {ours} and {shown}: it was made on another model")
     try:
         with torch.no_grad():
             add(model, Delta.of_tensors(tensors, model), name)

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from posttrain.errors import ModelError
 from posttrain.models.integers import Whole
+from posttrain.models.linears import below_head
 from posttrain.models.quantized import NF4, quantized, replace
 
 METHOD = "posttrain"  # as transformers knows it while loading
@@ -76,7 +77,7 @@ class Quantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        self.targets = set(linears(model))
+        self.targets = set(below_head(model))
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **more: Any) -> bool:
         path, _, name = param_name.rpartition(".")
@@ -141,13 +142,6 @@ class _Read(ConversionOps):
         replace(model, path, NF4.read(tensors, bias) if grid is None else Whole(tensors, bias, *grid))
         missing_keys.discard(full_layer_name)
         return {}
-
-
-def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The linear layers below a model's head by path, GPT-2's transposed ones among them."""
-    inside = model.base_model.named_modules()
-    below = {id(each) for path, each in inside if isinstance(each, nn.Linear | Conv1D) and not path.startswith("pooler.")}
-    return {path: module for path, module in model.named_modules() if id(module) in below}
 
 
 def mark(model: PreTrainedModel) -> None:

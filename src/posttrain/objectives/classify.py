@@ -4,6 +4,7 @@ The model is that of the stage with a new head in place of what it had (or a cla
 is trained in full.
 """
 
+import re
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
@@ -11,7 +12,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from posttrain import losses
 from posttrain.errors import DataError
 from posttrain.objectives.objective import Loss, Objective
-from posttrain.text import Classes, RenderedRow
+from posttrain.text import Classes, RenderedRow, as_number
 from posttrain.text import Classified as ClassifiedRow
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from posttrain.models.scalar import ScalarLM
     from posttrain.text import Row
 
+INTEGER = re.compile(r"-?\d+")
 MEASURES = {"single": ("accuracy",), "multi": ("accuracy",), "regression": ("absolute_error",)}
 
 
@@ -139,14 +141,16 @@ def named(value: Any) -> Any:
 
 
 def problem_of(rows: "Sequence[ClassifiedRow]") -> Literal["single", "multi", "regression"]:
-    """What labels are for: lists, fractions among numbers, or names."""
-    kinds = {type(row.label) for row in rows}
-    if tuple in kinds:
+    """What labels are for: lists, fractions among numbers (which a table may have as text), or names."""
+    labels = [row.label for row in rows]
+    if any(isinstance(each, tuple) for each in labels):
         return "multi"
-    return "regression" if float in kinds and str not in kinds else "single"
+    numbers = [None if isinstance(each, tuple) else as_number(each) for each in labels]
+    fractions = any(isinstance(each, float) or (isinstance(each, str) and not INTEGER.fullmatch(each)) for each in labels)
+    return "regression" if fractions and None not in numbers else "single"
 
 
 def labels_of(rows: "Sequence[ClassifiedRow]") -> list[str]:
     """All labels, the same list whatever the order of the rows: integers by size, then names by spelling."""
     found = {name for row in rows for name in (row.label if isinstance(row.label, tuple) else (str(row.label),))}
-    return sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
+    return sorted(found, key=lambda name: (0, int(name), "") if INTEGER.fullmatch(name) else (1, 0, name))

@@ -48,8 +48,9 @@ class Prune(Smaller, kind="prune"):
         return self
 
     def shrink(self, loaded: "Loaded", rows: "Sequences | None", folder: Path) -> Metrics:
-        from posttrain.compress.blocks import blocks_of, matrix_of, refuse_odd_inputs
+        from posttrain.compress.blocks import blocks_of, refuse_odd_inputs
         from posttrain.compress.pruning import stored_bytes
+        from posttrain.models.linears import matrix_of
         from posttrain.models.load import save
 
         lm, pattern = loaded.lm, None

@@ -38,7 +38,8 @@ class Quantize(Smaller, kind="quantize"):
         return self
 
     def shrink(self, loaded: "Loaded", rows: "Sequences | None", folder: Path) -> Metrics:
-        from posttrain.compress.blocks import blocks_of, matrix_of, refuse_odd_inputs
+        from posttrain.compress.blocks import blocks_of, refuse_odd_inputs
+        from posttrain.models.linears import matrix_of
         from posttrain.models.load import save
         from posttrain.models.quantized import replace
         from posttrain.models.quantizer import mark

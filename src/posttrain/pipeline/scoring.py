@@ -58,8 +58,8 @@ def told_apart(model: ModelSource, data: Data) -> tuple[Classes, list[Classified
     classes, parsed = loaded.classes, data.read()
     rendered = data.render(parsed, Template(loaded.tokenizer, parsed.needs_chat))
     rendered.refuse_beyond(loaded.lm.context)
-    known = {row.where: row for row in parsed.all if isinstance(row, Classified)}
-    rows = [known[where] for places in rendered.places for where in places]
+    known = [{row.where: row for row in rows if isinstance(row, Classified)} for rows in parsed.rows]  # places are a source's own
+    rows = [found[where] for found, places in zip(known, rendered.places, strict=True) for where in places]
     targets = [classes.numbers(row.label, row.where) for row in rows]
     with torch.no_grad():
         logits = loaded.lm.logits_of_many(Sequences.of(rendered.sequences), AT_A_TIME).double().tolist()

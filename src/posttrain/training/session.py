@@ -318,6 +318,8 @@ def export(settings: TrainSettings, session: Session, policy: Any, template: Tem
 
 def write(lm: Any, tuner: Tuner, base: ModelSource, folded: bool, template: Template, folder: Path) -> None:
     """An ordinary transformers folder; an adapter folder where the tuner's part, or something below it, cannot be folded in."""
+    if isinstance(lm, ScalarLM):
+        lm.keep_shift()
     if not folded:
         save_adapter(tuner, lm.model, folder, base)
         template.tokenizer.save_pretrained(folder)

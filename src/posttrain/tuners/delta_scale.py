@@ -54,6 +54,8 @@ class DeltaScale(Tuner, kind="delta_scale"):
             if model.path is not None and not ((folder := model.folder()) is not None and is_adapter(folder)):
                 raise RecipeError(f"tuner.of: {model.path} has no delta whose scales could move; name a fine-tuned model")
             return
+        if model.is_quantized():
+            raise RecipeError(f"tuner.of: {model.path} is quantised, and a delta is a difference of weights; remove `quantize`")
         self.of.check()
         refuse_other_tokens("tuner.of", self.of, model)
         if self.of.path is not None and not folds(self.of):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from posttrain.errors import DataError
 from posttrain.models import layout, soft
+from posttrain.models.heads import is_encoder
 
 if TYPE_CHECKING:
     from posttrain.batch import Sequences
@@ -81,7 +82,7 @@ def directions(lm: "Backbone", rows: "Sequences", layers: Mapping[str, Any], ran
                 part = rows.select(piece)
                 if lm.layout == "padded":
                     real[0] = layout.padded([soft.placed(lm.model, part)]).valid.to(lm.device)
-                lm.hidden(part)
+                (lm.logits if is_encoder(lm.model) else lm.hidden)(part)
                 latest.clear()
     finally:
         for handle in handles:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,9 +25,9 @@ from posttrain.paths import named
 from posttrain.text import Classes
 from posttrain.tuners.below import folds, kind_of_peft, made_of
 from posttrain.tuners.injected import ADAPTER as NAME
-from posttrain.tuners.injected import PREFIX, activate, fold, task_of
+from posttrain.tuners.injected import PREFIX, activate, fold, refuse_dora, task_of
 from posttrain.tuners.soft import SoftTuner
-from posttrain.tuners.tuner import Tuner, refuse_misfit
+from posttrain.tuners.tuner import Tuner, in_dtype_of, refuse_misfit
 
 WEIGHTS = "adapter_model.safetensors"
 HEADS = ("score.", "classifier.", "pre_classifier.", "head.")  # how transformers' classifiers call theirs
@@ -79,7 +79,7 @@ def load_adapter(
     own = [name for name in state if (_bare(name) in places if places else _bare(name).startswith(HEADS))]
     head = {_bare(name): state.pop(name) for name in own}
     if places:  # of a language model's adapter, for a critic or a classifier that begins as it
-        state = {name: each for name, each in state.items() if not name.startswith("lm_head.")}
+        state = {name: each for name, each in state.items() if not _bare(name).startswith("lm_head.")}
     try:
         _put_in(model, folder, known.get("tuner"), peft, state, not apart and foldable(model, base))
         if head and not new_head:
@@ -138,6 +138,8 @@ def inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], name:
         if getattr(config, only, None):
             raise ModelError(f"its {only} is something that peft alone computes; merge the adapter with peft first")
     config.modules_to_save = None
+    if getattr(config, "use_dora", False):
+        refuse_dora(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -149,6 +151,9 @@ def inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], name:
                     f"the adapter holds {own[0]}, which is {whose}: it was made for another model, or learned more than an "
                     "adapter; merge it with peft first"
                 )
+            for key, parameter in model.named_parameters():
+                if name in key.split("."):  # in the precision that it was learned in, whatever the model's
+                    parameter.data = parameter.data.to(in_dtype_of(model))
             found = set_peft_model_state_dict(model, {key.removeprefix(PREFIX): each for key, each in state.items()}, name)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"peft cannot put this adapter into the model: {str(error).splitlines()[0]}") from None
@@ -166,9 +171,19 @@ def read(folder: Path) -> dict[str, Tensor]:
         raise ModelError(f"{named(file)}: cannot be read: {str(error).splitlines()[0]}; the file is not whole") from None
 
 
+def _lengths(folder: Path) -> dict[str, int]:
+    """{tensor of an adapter's file: its first size}, from the file's header; 1 for a single number."""
+    file = folder / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {name: ([*stored.get_slice(name).get_shape(), 1])[0] for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{named(file)}: cannot be read: {str(error).splitlines()[0]}; the file is not whole") from None
+
+
 def has_score(folder: Path) -> bool:
     """Whether an adapter's file holds a score head."""
-    return any(_bare(name) == "score.weight" for name in read(folder))
+    return any(_bare(name) == "score.weight" for name in _lengths(folder))
 
 
 def classes_in(folder: Path) -> Classes | None:
@@ -177,7 +192,7 @@ def classes_in(folder: Path) -> Classes | None:
     if "classes" in known:
         return Classes(known["classes"]["problem"], tuple(known["classes"]["labels"]))
     last = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-    outputs = next((len(each) for name, each in read(folder).items() if _bare(name) in last), None)
+    outputs = next((length for name, length in _lengths(folder).items() if _bare(name) in last), None)
     if outputs is None:
         return None
     labels = tuple(f"LABEL_{index}" for index in range(outputs))

@@ -59,13 +59,19 @@ class Injected(Tuner):
             activate(model)
 
     def state(self, model: "PreTrainedModel") -> "dict[str, Tensor]":
-        from peft import get_peft_model_state_dict
 
-        return {f"{PREFIX}{name}": each.detach() for name, each in get_peft_model_state_dict(model, adapter_name=ADAPTER).items()}
+        return {f"{PREFIX}{name}": each.detach() for name, each in _state_of(model).items()}
 
     def peft_config(self, model: "PreTrainedModel") -> "PeftConfig | None":
         config: PeftConfig = model.peft_config[ADAPTER]
         return config
+
+
+def _state_of(model: "PreTrainedModel") -> "dict[str, Tensor]":
+    from peft import get_peft_model_state_dict
+
+    found: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return found
 
 
 def activate(model: "PreTrainedModel", without: str | None = None) -> None:
@@ -135,6 +141,14 @@ def layers_of(model: "nn.Module") -> "dict[str, BaseTunerLayer]":
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def refuse_dora(model: "PreTrainedModel") -> None:
+    """Raises ModelError where a delta is part of the layers: DoRA would measure the lengths of the base's rows without it."""
+    from posttrain.models import delta
+
+    if delta.active(model) is not None:
+        raise ModelError("dora learns the lengths of weights, and those below it are a base and a delta; set dora: false")
 
 
 def task_of(model: "PreTrainedModel") -> str:

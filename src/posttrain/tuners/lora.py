@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from posttrain.component import did_you_mean
 from posttrain.errors import RecipeError
-from posttrain.tuners.injected import ADAPTER, Injected, layers_of, task_of
+from posttrain.tuners.injected import ADAPTER, Injected, layers_of, refuse_dora, task_of
 from posttrain.tuners.places import linears
 from posttrain.tuners.tuner import in_dtype_of
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from posttrain.batch import Sequences
     from posttrain.models.backbone import Backbone
+    from posttrain.models.source import ModelSource
 
 OTHER_SENSES = ("vision", "visual", "audio")  # parts of a multimodal model that text does not train
 BEGINNINGS: dict[str, Any] = {
@@ -48,8 +49,8 @@ class LoRA(Injected, kind="lora"):
     dora: bool = False
     """Learn the length of each row of the weights apart from its direction, which the update turns: arXiv 2402.09353."""
     init: Literal["kaiming", "gaussian", "orthogonal", "eva", "olora", "pissa"] = "kaiming"
-    """How A begins (B with 0). eva: with the directions in which a layer's inputs vary most on the stage's own rows; layers get
-    from 1 to 2 x rank of them, rank on average (arXiv 2410.07170). pissa, olora: A and B with the weights' own largest directions
+    """How A begins (B with 0, but for orthogonal, where B A = 0). eva: with the directions in which a layer's inputs vary most on
+    the stage's own rows; layers get from 1 to 2 x rank of them, rank on average (arXiv 2410.07170). pissa, olora: A and B with the weights' own largest directions
     (2404.02948, 2406.01775), which are taken out of the frozen part; the file is then a LoRA of twice the rank on the weights as
     they were."""
     b_rate: PositiveFloat = 1.0
@@ -59,7 +60,18 @@ class LoRA(Injected, kind="lora"):
     def _goes_together(self) -> Self:
         if self.dora and self.changes_weights:
             raise ValueError(f"dora keeps the lengths of the weights, and init: {self.init} changes the weights; take one")
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f"init: orthogonal shares the rank out in two halves, and {self.rank} is odd; take an even rank")
         return self
+
+    def check(self, model: "ModelSource") -> None:
+        if model.dtype == "bfloat16" and self.init in {"pissa", "olora", "orthogonal"}:
+            raise RecipeError(
+                f"tuner.init: {self.init} begins with a change of the weights and takes it out again, for which bfloat16 has too "
+                "few digits; set model.dtype: mixed, or init: kaiming"
+            )
+        if model.dtype == "float64" and self.changes_weights:
+            raise RecipeError(f"tuner.init: peft makes {self.init} in float32 alone; set model.dtype: float32, or init: kaiming")
 
     @property
     def changes_weights(self) -> bool:
@@ -89,6 +101,8 @@ class LoRA(Injected, kind="lora"):
         )  # fmt: skip
 
     def install(self, model: "PreTrainedModel") -> None:
+        if self.dora:
+            refuse_dora(model)
         super().install(model)
         if self.changes_weights:
             model.lora_before = {name: each.clone() for name, each in super().state(model).items()}

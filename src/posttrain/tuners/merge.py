@@ -97,13 +97,13 @@ def as_built(model: "PreTrainedModel") -> None:
 
 def is_scalar(source: ModelSource) -> bool:
     """Whether it is a reward model: an adapter with a score, or a folder whose config says so. ModelError for classifiers."""
-    from posttrain.tuners.folder import classes_in, has_score
+    from posttrain.tuners.folder import classes_in
 
     folder, below = source.folder(), source.below()
     if folder is None:
         return False
     if below is not None:
-        known = classes_in(folder) if has_score(folder) else None
+        known = classes_in(folder)
         scores, classifies = known is not None, known is not None and known.problem != "regression"
         classifies = classifies or (scores and "classes" in about_adapter(folder))
     else:
@@ -111,5 +111,5 @@ def is_scalar(source: ModelSource) -> bool:
         scores = any("Classification" in each for each in config.get("architectures") or [])
         classifies = scores and len(config.get("id2label") or "12") > 1  # transformers leaves two labels out
     if classifies:
-        raise ModelError(f"{source.path}: is a classifier, which a stage has merged already; use it, or the adapter, as it is")
+        raise ModelError(f"{source.path}: is a classifier, and only language and reward models are merged; use the folder as it is")
     return scores or (below is not None and is_scalar(below))

@@ -55,12 +55,18 @@ class Mix:
         self.check_settings()
         for source in self.sources:
             _refuse_no_sum(source)
-        bases = {source.below().weights(): source.path for source in self.sources}  # type: ignore[union-attr]
+        below = {source.path: source.below() for source in self.sources}
+        bases = {each.weights(): path for path, each in below.items() if each is not None}
         if len(bases) > 1:
             one, other = list(bases.values())[:2]
             raise ModelError(
                 f"{one} and {other} stand on different models, and an update means nothing on another's weights; where one was "
                 "only moved or renamed, name the model with `base`"
+            )
+        if len({(each.is_quantized(), each.quantize, each.double) for each in below.values() if each is not None}) > 1:
+            raise ModelError(
+                "some of these adapters were learned on quantised weights and some on those before: merge the former with "
+                "--dequantize or --base first, one by one"
             )
         if self.below.is_quantized() and self.below.below() is not None:
             raise ModelError(
