@@ -16,7 +16,14 @@ from tiny_fits import MADE, fitted, update_of
 from tiny_models import transformer
 from tiny_runs import base
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, pipeline
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    pipeline,
+)
 
 from posttrain.batch import Classified, Sequences
 from posttrain.data.dataset import Data
@@ -343,6 +350,29 @@ def test_a_saved_head_is_read_again_bit_for_bit_and_says_the_same_in_a_pipeline(
         assert [said["bad"], said["good"]] == pytest.approx(mine, abs=2e-6)
     near = logits(rounded.lm, tokens_of(first.tokenizer, [Row(text, "good") for text in texts]))
     torch.testing.assert_close(near, ours, rtol=0, atol=0.1)
+
+
+@ENCODERS
+def test_fewer_digits_say_about_the_same_and_checkpointed_layers_learn_the_same(name, tmp_path):
+    folder, grads = tiny_encoders.saved(tmp_path, name), []
+    for saving in (False, True):
+        lm = load_whole(ModelSource(path=folder, gradient_checkpointing=saving)).lm
+        lm.logits(Sequences.of(given(lm))).square().sum().backward()
+        grads.append(torch.cat([each.grad.flatten() for each in lm.model.parameters() if each.grad is not None]))
+    assert float((grads[0] - grads[1]).norm() / grads[0].norm()) < 1e-6
+    exact = logits(lm, given(lm))
+    for dtype in ("mixed", "bfloat16"):
+        near = logits(load_whole(ModelSource(path=folder, dtype=dtype)).lm, given(lm))
+        assert near.dtype == torch.float32
+        assert 0 < float((near - exact).abs().max()) < 0.15
+
+
+def test_an_encoder_that_says_something_else_of_padded_texts_is_refused(monkeypatch, tmp_path):
+    folder = tiny_encoders.saved(tmp_path, "bert")
+    whole = BertForSequenceClassification.forward
+    monkeypatch.setattr(BertForSequenceClassification, "forward", lambda self, attention_mask=None, **rest: whole(self, **rest))
+    with pytest.raises(ModelError, match="does something to its logits that posttrain does not know"):
+        load_whole(folder)
 
 
 def test_a_classifier_of_other_labels_is_refused_and_begins_anew_where_that_is_asked_for(bert, tmp_path):
