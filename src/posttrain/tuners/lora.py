@@ -50,9 +50,9 @@ class LoRA(Injected, kind="lora"):
     """Learn the length of each row of the weights apart from its direction, which the update turns: arXiv 2402.09353."""
     init: Literal["kaiming", "gaussian", "orthogonal", "eva", "olora", "pissa"] = "kaiming"
     """How A begins (B with 0, but for orthogonal, where B A = 0). eva: with the directions in which a layer's inputs vary most on
-    the stage's own rows; layers get from 1 to 2 x rank of them, rank on average (arXiv 2410.07170). pissa, olora: A and B with the weights' own largest directions
-    (2404.02948, 2406.01775), which are taken out of the frozen part; the file is then a LoRA of twice the rank on the weights as
-    they were."""
+    the stage's own rows; layers get from 1 to 2 x rank of them, rank on average (arXiv 2410.07170). pissa, olora: A and B with
+    the weights' own largest directions (2404.02948, 2406.01775), which are taken out of the frozen part; the file is then a LoRA
+    of twice the rank on the weights as they were."""
     b_rate: PositiveFloat = 1.0
     """B learns so many times as fast as A: LoRA+ takes 16 (arXiv 2402.12354)."""
 

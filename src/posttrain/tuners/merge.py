@@ -111,5 +111,5 @@ def is_scalar(source: ModelSource) -> bool:
         scores = any("Classification" in each for each in config.get("architectures") or [])
         classifies = scores and len(config.get("id2label") or "12") > 1  # transformers leaves two labels out
     if classifies:
-        raise ModelError(f"{source.path}: is a classifier, and only language and reward models are merged; use the folder as it is")
+        raise ModelError(f"{source.path}: is a classifier, and only language and reward models are merged; use it as it is")
     return scores or (below is not None and is_scalar(below))
