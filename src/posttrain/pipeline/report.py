@@ -174,8 +174,8 @@ def _made_pairs(settings: dict[str, Any], done: dict[str, Any]) -> str:
 
 
 def _made_smaller(kind: str, settings: dict[str, Any], done: dict[str, Any]) -> str:
-    places = (("bytes", "before"), ("bytes", "after"), ("metrics", "kl", "value"))
-    before, after, kl = (number(dig(done, *path)) for path in places)
+    before, after = (number(dig(done, "bytes", each)) for each in ("before", "after"))
+    kl = number(dig(done, "metrics", "kl", "value"))
     size = f"; {after / before:.0%} of its 16-bit size" if before and after is not None else ""
     return f"{kind}, method {kind_text(settings.get('method'))}{size}" + ("" if kl is None else f", KL {kl:.2g} nats a token")
 
