@@ -75,8 +75,9 @@ class DeltaScale(Tuner, kind="delta_scale"):
                     f"tuner.of: this model has {kept} in it, and a delta is a difference of weights; leave out `of` to go on "
                     "with a delta, or take a model whose adapters are merged"
                 )
+            fine = load_weights(self.of, model)
             try:
-                found = delta.Delta.between(model, load_weights(self.of, model), self._form)
+                found = delta.Delta.between(model, fine, self._form)
             except ModelError as error:
                 raise ModelError(f"tuner.of: {self.of.path}: {error}") from None
             delta.add(model, found, NAME)

@@ -82,9 +82,13 @@ def load_weights(source: ModelSource, like: PreTrainedModel) -> PreTrainedModel:
     name = str(folder) if folder else source.path
     plain.transformers_logging.disable_progress_bar()
     try:
-        kind = AutoConfig.from_pretrained(name, revision=source.revision).model_type
-        if kind != like.config.model_type:
-            raise ModelError(f"{source.path}: is a {kind} model and not of the base's architecture, {like.config.model_type}")
+        config = AutoConfig.from_pretrained(name, revision=source.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.path}: transformers cannot load this model: {str(error).splitlines()[0]}") from None
+    if config.model_type != like.config.model_type:
+        ours = like.config.model_type
+        raise ModelError(f"{source.path}: is a {config.model_type} model and not of the base's architecture, {ours}")
+    try:
         found, report = type(like).from_pretrained(
             name, revision=source.revision, dtype=plain.DTYPES[source.dtype], use_safetensors=True, output_loading_info=True
         )
