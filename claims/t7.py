@@ -37,10 +37,10 @@ TUNERS: dict[str, dict[str, Any]] = {
     "prefix": {"kind": "prefix", "tokens": 10, "projection": None},
 }
 SETTINGS: dict[str, Any] = {
-    "seeds": [1, 2, 3], "rows": {"sentiment": 384, "commonsense": 192, "arithmetic": 384}, "few": 32, "test": 200, "epochs": 3,
+    "seeds": [1, 2, 3], "rows": {"sentiment": 256, "commonsense": 160, "arithmetic": 384}, "few": 32, "test": 200, "epochs": 3,
     "batch": 16, "longest": 40, "processes": 2,
     "rates": {
-        "full": 3e-4, "lora": 2e-3, "adapter 8": 3e-3, "adapter 64": 3e-3, "ia3": 3e-2, "bitfit": 1e-2, "prompt": 0.1,
+        "full": 3e-4, "lora": 2e-3, "adapter 8": 8e-3, "adapter 64": 3e-3, "ia3": 3e-2, "bitfit": 1e-2, "prompt": 0.1,
         "prefix": 3e-2,
     },
 }  # fmt: skip
