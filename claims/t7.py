@@ -1,9 +1,10 @@
 """T7: what each tuner reaches with how many parameters, on three small real tasks: sentiment, common sense, arithmetic.
 
 posttrain:tiny-base learns each task from short rows by `sft`, under every tuner at about the highest learning rate that is usual
-for it, in equally many updates. Sentiment (sentences of film reviews) and common sense (questions with five choices) are choices: the
-answer of the highest log-probability counts. Arithmetic (story problems of two steps) counts where the likeliest token is right
-at every place of the solution, which is what greedy decoding writes. It is also learned from few rows, in full and by biases.
+for it, in equally many updates. Sentiment (sentences of film reviews) and common sense (questions with five choices) are
+choices: the answer of the highest log-probability counts. Arithmetic (story problems of two steps) counts where the likeliest
+token is right at every place of the solution, which is what greedy decoding writes. It is also learned from few rows, in full and
+by biases.
 """
 
 import gzip
