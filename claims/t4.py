@@ -25,9 +25,9 @@ CLAIM = Claim(
     "|dW|^2 at full rank",
 )
 SETTINGS: dict[str, Any] = {
-    "seeds": [1, 2, 3], "ranks": [1, 2, 4, 8, 16, 32], "layers": 2, "steps": 700, "rate": 0.03, "processes": 2,
+    "seeds": [1, 2, 3], "ranks": [1, 2, 4, 8, 16, 32], "layers": 2, "steps": 1500, "rate": 0.03, "processes": 2,
 }  # fmt: skip
-QUICK = {**SETTINGS, "seeds": [101], "ranks": [2, 16], "layers": 1, "steps": 200, "processes": 1}
+QUICK = {**SETTINGS, "seeds": [101], "ranks": [16], "layers": 1, "steps": 300, "processes": 1}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 

@@ -123,7 +123,7 @@ METHODS = {
 
 
 def draw(figure: Any, found: dict[str, Any]) -> None:
-    figure.set_size_inches(5.2, 3.2)
+    figure.set_size_inches(6.8, 3.2)
     axes = figure.subplots()
     sizes, numbers = found["curves"]["tokens"], found["numbers"]
     for method, (label, colour) in METHODS.items():
@@ -133,7 +133,7 @@ def draw(figure: Any, found: dict[str, Any]) -> None:
     axes.set(xscale="log", xlabel="learned tokens p", ylabel="held-out loss, nats a token, ± 2 s.e.", ylim=(0, None))
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def test_a_lora_fits_what_the_best_matrix_of_its_rank_fits_and_no_more(tmp_path)
 def test_full_and_low_rank_fine_tuning_move_both_losses(tmp_path):
     numbers = quick(t3, tmp_path)["numbers"]
     for method in ("full", "r = 1", "r = 4"):
-        assert numbers[f"{method}: A forgotten"]["value"] > 0.05
+        assert numbers[f"{method}: A forgotten"]["value"] > 0.01
     assert numbers["r = 1: B learned less than in full"]["value"] > numbers["r = 4: B learned less than in full"]["value"]
     assert 1 <= numbers[t3.EFFECTIVE]["value"] <= 64
 
