@@ -74,9 +74,9 @@ def of_weights(count: int) -> dict[str, float]:
 
     from posttrain import draws
     from posttrain.compress.blocks import blocks_of
-    from posttrain.models.linears import matrix_of
     from posttrain.compress.rounding import nearest
     from posttrain.models import nf4
+    from posttrain.models.linears import matrix_of
 
     def error(kind: str, weight: Any) -> float:
         rounded = nf4.dequantize(*nf4.quantize(weight), weight.shape) if kind == "nf4" else nearest(weight, 4, 64).dense()

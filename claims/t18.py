@@ -83,8 +83,8 @@ def put_features(lm: Any, rows: Any, seed: int, features: int, times: float) -> 
 
     from posttrain import draws
     from posttrain.compress.blocks import blocks_of
-    from posttrain.models.linears import matrix_of
     from posttrain.compress.folding import folds_of
+    from posttrain.models.linears import matrix_of
 
     stream = draws.generator(seed, "T18")
     for block in blocks_of(lm.model):

@@ -194,7 +194,7 @@ def wrapped(kind: type[Wrapped], model: PreTrainedModel, source: ModelSource, ga
     if source.layout == "tree" and not able:
         raise ModelError(f"{source.path}: {type(model).__name__} does not take layout: tree; use layout: auto, or padded")
     name: LayoutName = "tree" if able else "padded"
-    lm = kind(model, name)
+    lm = kind(model, name)  # not yet mixed: what that rounds is no fault of the architecture's
     if (gap := gap_of(lm)) > (1e-1 if kind is Encoder and model.dtype == torch.bfloat16 else 1e-2):
         raise ModelError(
             f"{source.path}: this architecture ({type(model).__name__}) does something to its {lm.gives} that posttrain does "
