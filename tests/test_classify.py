@@ -196,7 +196,7 @@ def test_problem_and_labels_are_what_the_data_hold_whatever_the_order_of_the_row
     ("changes", "message"),
     [
         ({"data": [{"label": "a"}, {"label": "b"}], "held": [{"label": "a"}, {"label": "c"}]},
-         r'inline:2: the label "c" is not among those that are known \(a, b\); correct the row, or name all labels in objective.labels'),
+         r'inline:2: the label "c" is not among those that are known \(a, b\); correct the row, or name all labels where the model is trained'),
         ({"data": [{"label": "a"}, {"label": "a"}]}, "inline:1: all 2 texts are labelled a; there is nothing to tell apart"),
         ({"data": [{"label": "a"}, {"label": ["b"]}]}, r'inline:1: expected a list of labels, found "a"; correct the row, or set'),
         ({"data": [{"label": "a"}, {"label": 2.5}]}, "inline:2: expected one label, found 2.5; correct the row, or set objective.problem"),

@@ -11,7 +11,8 @@ from posttrain.errors import RecipeError
 
 Path_ = tuple[str | int, ...]
 TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")}
-SHORT = {"model": "path", "kl_to": "path", "source": "path", "sources": "path", "data": "sources"}  # what plain values there mean
+ROWS = ("data", "measure")  # sections of rows, of which sources alone may be given
+SHORT = dict.fromkeys(("model", "kl_to", "teacher", "of", "source", "sources"), "path") | dict.fromkeys(ROWS, "sources")
 MAX_NODES = 100_000  # aliases are expanded; a bomb of aliases stops here
 
 
@@ -74,6 +75,8 @@ class _Reader:
             value = yaml.SafeLoader("").construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError) as error:
             raise self.fail(node, str(error)) from None
+        if isinstance(value, int | float) and ":" in node.value:
+            return str(node.value)  # 2:4 is no number to us, as to YAML 1.1, which counts in sixties
         if isinstance(value, str) and node.style is None:  # type: ignore[attr-defined]
             try:
                 return float(value) if value[:1] in "0123456789+-." else value  # YAML 1.1 reads 1e-4 as text
@@ -136,9 +139,9 @@ def override(document: Document, setting: str) -> None:
             document.places[path] = place
         try:
             if isinstance(section[step], str):  # `objective: sft` is short for `{kind: sft}`, `model: x` for `{path: x}`
-                listed = isinstance(step, int) and path[-2] in ("sources", "data")
+                listed = isinstance(step, int) and path[-2] in ("sources", *ROWS)
                 section[step] = {"path" if listed else SHORT.get(part, "kind"): section[step]}
-            elif part == "data" and isinstance(section[step], list) and not below.isdigit():
+            elif part in ROWS and isinstance(section[step], list) and not below.isdigit():
                 section[step] = {"sources": section[step]}
             section = section[step]
         except (IndexError, KeyError, TypeError):

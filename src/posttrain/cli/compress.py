@@ -26,21 +26,21 @@ def prune(model: Model, out: Out, settings: Given = None, as_json: Json = False)
     """Leave out weights of a model's blocks, and print what that saves and costs.
 
     Example: posttrain prune posttrain:tiny-base small method=magnitude pattern=2:4 measure=posttrain:data/text_stories.jsonl.gz
+    measure.sources.rows=100:110
     """
     _make("prune", model, out, settings or [], as_json)
 
 
 def _make(kind: str, model: str, out: Path, settings: list[str], as_json: bool) -> None:
     from posttrain import yaml
-    from posttrain.errors import InputError
+    from posttrain.paths import free_place
     from posttrain.pipeline.recipe import Recipe
     from posttrain.pipeline.smaller import Smaller
 
     document = yaml.Document({"stages": {kind: {"kind": kind, "model": model}}}, "command line")
     recipe = Recipe.of(document, [f"stages.{kind}.{setting}" for setting in settings], kind)
     recipe.check()
-    if out.exists():
-        raise InputError(f"{out}: is there already; name a folder that is not, so that no model is overwritten")
+    free_place(out)
     stage = recipe.stages[kind]
     assert isinstance(stage, Smaller)
     record = stage.make(out, lambda line: typer.echo(line, err=True))
@@ -56,6 +56,7 @@ def lines(record: dict[str, Any]) -> list[str]:
         ("matrices", sizes["matrices_before"], sizes["matrices_after"]),
     ):
         said.append(f"{name:10} {megabytes(before):>12} {megabytes(after):>12}  {after / before:.1%}")
+    said.append(f"{'its file':10} {'':>12} {megabytes(sizes['file']):>12}")
     metrics = record["metrics"]
     if metrics:
         said.append(f"{'nats/token':10} {metrics['nll_before']['value']:12.4f} {metrics['nll']['value']:12.4f}")

@@ -42,7 +42,7 @@ def blocks_of(model: PreTrainedModel, targets: Sequence[str] = ("*",)) -> list[B
     return [Block(path, model.get_submodule(path), layers) for path, layers in found.items()]
 
 
-def refuse_odd_inputs(blocks: Sequence[Block], size: int, setting: str) -> None:
+def refuse_odd_inputs(blocks: Sequence[Block], size: int, setting: str, instead: str = "") -> None:
     """Raises RecipeError where a layer's inputs cannot be divided into groups of `size`."""
     odd = {path: matrix_of(layer).shape[1] for block in blocks for path, layer in block.layers.items()}
     odd = {path: inputs for path, inputs in odd.items() if inputs % size}
@@ -51,5 +51,5 @@ def refuse_odd_inputs(blocks: Sequence[Block], size: int, setting: str) -> None:
         fits = math.gcd(*(matrix_of(layer).shape[1] for block in blocks for layer in block.layers.values()))
         raise RecipeError(
             f"{setting}: the {odd[path]} inputs of {path} cannot be divided into groups of {size}; take a divisor of {fits}, "
-            "or leave such layers out with `targets`"
+            f"{instead}or leave such layers out with `targets`"
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from posttrain.batch import Sequences
 from posttrain.compress.blocks import Block
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, RunError
 from posttrain.models import layout
 from posttrain.models.attention import TreePlan
 from posttrain.models.linears import matrix_of
@@ -92,6 +92,8 @@ def seen_by(lm: LM, seqs: Sequences, block: Block, second: bool, micro_tokens: i
             f"{missing[0]}: this architecture reads the layer's weight without calling the layer, so that what it is given "
             "cannot be seen; leave it out with `targets`"
         )
+    if odd := [path for path, each in seen.items() if not bool(each.squares.isfinite().all())]:
+        raise RunError(f"{odd[0]}: what the calibration rows give this layer is not finite; look at the rows, and at the model")
     return seen
 
 

@@ -21,12 +21,13 @@ Choice = Callable[[int, Tensor], Tensor]
 def inverse_factor(hessian: Float[Tensor, "K K"], damp: float = 0.01) -> Float[Tensor, "K K"]:
     """Upper triangular U with U^T U = (H + damp mean(diag H) I)^-1, float64.
 
-    The damping grows tenfold as long as the matrix has no Cholesky factor. Inputs that are always 0 count as 1.
+    The damping grows tenfold as long as the matrix has no Cholesky factor. Inputs that are always 0 count as the mean of the
+    others, and so do not weigh on it.
     """
     hessian = hessian.double()
     dead = hessian.diagonal() == 0
-    hessian = hessian + torch.diag(dead.double())
-    mean = float(hessian.diagonal().mean())
+    mean = 1.0 if bool(dead.all()) else float(hessian.diagonal()[~dead].mean())
+    hessian = hessian + mean * torch.diag(dead.double())
     for time in range(TRIES):
         found = _factor(hessian, damp * 10**time * mean)
         if found is not None:

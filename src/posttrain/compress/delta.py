@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from posttrain.batch import Sequences
+from posttrain.compress.distance import apart
 from posttrain.evaluation import Figure
 from posttrain.evaluation.intervals import ratio
-from posttrain.losses import logit_gap, sequence_sums, vocabulary_kl
+from posttrain.losses import sequence_sums
 from posttrain.models.delta import Delta, Signs, difference, parameters, switched
 from posttrain.models.head import over_rows, vocabulary_of
 from posttrain.models.layout import micro_batches
@@ -99,10 +100,7 @@ def distances(
     found = {name: torch.zeros(seqs.trained, 2, dtype=torch.float64) for name in names}
 
     def gaps(rows: Tensor, theirs: Tensor) -> Tensor:
-        logits, wanted = lm.project(rows), fine.project(theirs).to(rows.device)
-        both = min(logits.shape[1], wanted.shape[1])
-        logits, wanted = logits[:, :both], wanted[:, :both]
-        return torch.stack([vocabulary_kl(wanted, logits), logit_gap(logits, wanted)], 1)
+        return apart(lm.project(rows), fine.project(theirs))
 
     with torch.no_grad():
         for rows in micro_batches(seqs, micro_tokens):

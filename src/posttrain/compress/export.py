@@ -16,7 +16,6 @@ from posttrain.compress import gguf
 from posttrain.compress.readback import (
     Written,
     ids_of,
-    refuse_existing,
     refuse_far,
     refuse_other_stops,
     refuse_other_text,
@@ -34,6 +33,7 @@ from posttrain.models.load import Loaded, LoadedScalar, resolved, save, wrap
 from posttrain.models.reward import save_reward_model
 from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import PEFT, ModelSource
+from posttrain.paths import free_place
 from posttrain.tuners.below import folder_of, kind_of, refuse_codes, refuse_unfoldable
 from posttrain.tuners.folder import WEIGHTS, save_adapter
 from posttrain.tuners.load import load
@@ -52,7 +52,7 @@ def merge(source: ModelSource | str | Path, out: str | Path, dtype: str | None =
     RunError where a check fails; then nothing is left at `out`.
     """
     source, out = _exact(source), Path(out)
-    refuse_existing(out)
+    free_place(out)
     chosen = _float(dtype, source)
     want, loaded = _said_and_merged(source, codes)
     return _folder(loaded, want, out, chosen, same=codes != "before")
@@ -69,7 +69,7 @@ def merge_several(
     """
     out, mix = Path(out), replace(mix, sources=[_exact(each) for each in mix.sources])
     mix.check()
-    refuse_existing(out)
+    free_place(out)
     if adapter and (dtype is not None or codes is not None):
         raise InputError("dtype and what becomes of codes are of a merged model; an adapter is float32, beside them: remove this")
     if rank is not None and not adapter:
@@ -128,7 +128,7 @@ def export(
     if form == "folder":
         return merge(source, out, dtype, codes)
     source, out = _exact(source), Path(out)
-    refuse_existing(out)
+    free_place(out)
     if form == "gguf":
         return _gguf(source, out, dtype, tokenizer, codes)
     if dtype is not None or codes is not None:

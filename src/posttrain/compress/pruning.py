@@ -77,11 +77,12 @@ def sparsegpt(
         lowest_of_groups(weight[:1], pattern)
     factor = inverse_factor(hessian, damp).to(wide(weight).dtype)
     dropped = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    unused = hessian.diagonal() == 0  # inputs that are always 0: theirs go first
 
     def choose(column: int, rest: Tensor) -> Tensor:
         if column % step == 0:
             part = slice(column, min(column + step, columns))
-            scores = (rest[:, :step] / factor.diagonal()[part]) ** 2
+            scores = ((rest[:, :step] / factor.diagonal()[part]) ** 2).masked_fill(unused[part], -1.0)
             if pattern is not None:
                 dropped[:, part] = lowest_of_groups(scores, pattern)
             else:
@@ -89,8 +90,7 @@ def sparsegpt(
                 dropped[:, part] = lowest(scores.flatten(), count).view(scores.shape)
         return rest[:, 0].masked_fill(dropped[:, column], 0.0)
 
-    start = wide(weight).masked_fill(hessian.diagonal() == 0, 0.0)
-    return compensated(start, factor, choose, edges_of(columns, block)).to(weight.dtype)
+    return compensated(wide(weight), factor, choose, edges_of(columns, block)).to(weight.dtype)
 
 
 def stored_bytes(weights: int, kept: int, pattern: Pattern | None = None) -> int:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from posttrain import draws
 from posttrain.batch import Sequences
 from posttrain.data.render import Template
-from posttrain.errors import InputError, ModelError, RunError, TemplateError
+from posttrain.errors import ModelError, RunError, TemplateError
 from posttrain.models.load import Loaded, LoadedScalar
 from posttrain.models.scalar import ScalarLM
 
@@ -55,12 +55,6 @@ class Written:
             f"chat template {'kept' if self.chat_template else 'none'}, stop tokens {self.stop_ids} kept",
             *([f"the adapter's rank cuts off {self.cut:.2%} of the square of the update"] if self.cut > 5e-7 else []),
         ]
-
-
-def refuse_existing(out: Path) -> None:
-    """Raises InputError where something is at `out` already."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise InputError(f"{out}: is there already, and is not overwritten; name another place, or remove it")
 
 
 @contextmanager

@@ -60,7 +60,9 @@ def integers(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: Group
 def nearest(
     weight: Float[Tensor, "M K"], bits: int = 4, group: Group = 128, symmetric: bool = True, shrink: Tensor | float = 1.0
 ) -> Integers:
-    """Each weight to the nearest point of its group's grid: off by at most half a step, where nothing is cut off."""
+    """Each weight to the nearest point of its group's grid: off by at most half a step in float32, where nothing is cut off.
+
+    Of 16-bit weights a little more: their scales are rounded too."""
     scale, zero = grid(weight, bits, group, symmetric, shrink)
     width, columns = width_of(group, weight.shape[1]), weight.shape[1]
     step, middle = (part.repeat_interleave(width, 1)[:, :columns] for part in (scale, zero))

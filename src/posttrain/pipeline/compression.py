@@ -5,10 +5,12 @@ from typing import Any, Literal
 from pydantic import PositiveInt, model_validator
 
 from posttrain.data.dataset import Data
+from posttrain.errors import RecipeError
 from posttrain.models.source import ModelSource, refuse_other_tokens
 from posttrain.objectives import MatchLogits
 from posttrain.pipeline.libraries import heavy_imports
 from posttrain.pipeline.signals import Interrupted
+from posttrain.pipeline.smaller import refuse_no_text
 from posttrain.pipeline.stage import Context, Metrics, Stage
 from posttrain.training.optim import AdamW, Optimizer
 from posttrain.training.settings import Batch, Checkpoints, TrainSettings
@@ -68,12 +70,16 @@ class MakeDelta(Stage, kind="delta"):
     def check(self) -> None:
         self.model.check()
         self.base.check()
+        for name, source in (("model", self.model), ("base", self.base)):
+            if source.is_quantized():
+                raise RecipeError(f"{name}: {source.path} is quantised, and a delta is of weights; name the model as it was")
         refuse_other_tokens("model", self.model, self.base)
         self._tuner(self.model).check(self.base)
         if (training := self._distillation()) is not None:
             training.check()
         if self.measure is not None:
             self.measure.check()
+            refuse_no_text(self.measure, self.kind)
 
     def run(self, context: Context) -> Metrics:
         with heavy_imports():

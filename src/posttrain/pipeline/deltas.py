@@ -49,7 +49,8 @@ def measured(
         "remaining": {"mean": sum(left) / len(left), "least": min(left), "most": max(left)} if left else None,
     }
     if data is not None:
-        rendered = data.render(data.read(), Template(loaded.tokenizer))
+        read = data.read()
+        rendered = data.render(read, Template(loaded.tokenizer, read.needs_chat))
         rendered.refuse_beyond(loaded.lm.context)
         for line in rendered.summary():
             say(line)
@@ -57,4 +58,10 @@ def measured(
         for name, each in distances(loaded.lm, fine, list(names), Sequences.of(rendered.sequences)).items():
             beside = f"_{names[name]}" if names[name] else ""
             found["metrics"] |= {f"fine_kl{beside}": each.kl.as_dict(), f"logit_gap{beside}": each.logit_gap.as_dict()}
+        gap, began_with = (found["metrics"].get(f"logit_gap{which}", {}).get("value") for which in ("", "_start"))
+        if began_with is not None and gap > began_with:
+            say(
+                f"the distillation has moved the logits away: {began_with:.3g} as the delta began, {gap:.3g} now; lower "
+                "optim.learning_rate, or leave `data` out"
+            )
     return found

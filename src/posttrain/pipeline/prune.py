@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, model_validator
 
 from posttrain.compress.pruners import Magnitude, Pruner, Wanda
-from posttrain.pipeline.smaller import Smaller
+from posttrain.pipeline.smaller import Smaller, sizes
 from posttrain.pipeline.stage import Metrics
 
 if TYPE_CHECKING:
     from posttrain.batch import Sequences
     from posttrain.models.load import Loaded
-
-HALF = 0.5
 
 
 class Prune(Smaller, kind="prune"):
@@ -24,7 +22,7 @@ class Prune(Smaller, kind="prune"):
 
     method: Pruner = Wanda()
     """Which weights are left out, and what becomes of the others."""
-    sparsity: float = Field(default=HALF, ge=0, lt=1)
+    sparsity: float = Field(default=0.5, ge=0, lt=1)
     """The share of each layer's weights that is left out."""
     pattern: str | None = Field(default=None, pattern=r"^[1-9]\d*:[1-9]\d*$")
     """In place of `sparsity`: `2:4` keeps 2 of every 4 consecutive inputs, which some hardware multiplies faster."""
@@ -36,7 +34,7 @@ class Prune(Smaller, kind="prune"):
         n, m = map(int, self.pattern.split(":"))
         if n >= m:
             raise ValueError(f"pattern {self.pattern} leaves nothing out: give n:m with n of every m to keep, such as 2:4")
-        if self.sparsity not in (HALF, 1 - n / m):
+        if "sparsity" in self.model_fields_set and self.sparsity != 1 - n / m:
             raise ValueError(f"pattern {self.pattern} leaves out {1 - n / m:.0%}; remove `sparsity`, or the pattern")
         if isinstance(self.method, Magnitude) and "within" in self.method.model_fields_set:
             raise ValueError(f"method.within: pattern {self.pattern} compares the weights of each group; remove `within`")
@@ -51,7 +49,6 @@ class Prune(Smaller, kind="prune"):
         from posttrain.compress.blocks import blocks_of, refuse_odd_inputs
         from posttrain.compress.pruning import stored_bytes
         from posttrain.models.linears import matrix_of
-        from posttrain.models.load import save
 
         lm, pattern = loaded.lm, None
         if self.pattern is not None:
@@ -61,19 +58,15 @@ class Prune(Smaller, kind="prune"):
         if pattern is not None:
             refuse_odd_inputs(blocks, pattern[1], f"pattern: {self.pattern}")
         self.method.prune(lm, blocks, rows, self.sparsity, pattern)
-        save(lm.model, loaded.tokenizer, folder)
+        self.write(loaded, folder)
         matrices = {path: matrix_of(layer) for block in blocks for path, layer in block.layers.items()}
         weights = {path: matrix.numel() for path, matrix in matrices.items()}
         kept = {path: int(matrix.count_nonzero()) for path, matrix in matrices.items()}
         others = sum(each.numel() for each in lm.model.parameters()) - sum(weights.values())
-        stored = sum(stored_bytes(weights[path], kept[path], pattern) for path in weights)
+        places = {path: kept[path] if pattern is None else weights[path] * pattern[0] // pattern[1] for path in weights}
+        stored = sum(stored_bytes(weights[path], places[path], pattern) for path in weights)
         return {
             "sparsity": 1 - sum(kept.values()) / sum(weights.values()),
             "matrices": {path: {"weights": weights[path], "zeros": weights[path] - kept[path]} for path in weights},
-            "bytes": {
-                "before": 2 * (others + sum(weights.values())),
-                "after": 2 * others + stored,
-                "matrices_before": 2 * sum(weights.values()),
-                "matrices_after": stored,
-            },
+            "bytes": sizes(sum(weights.values()), others, stored),
         }

@@ -152,6 +152,9 @@ def stage_row(stage: Ran) -> dict[str, Any]:
     elif stage.kind == "evaluate":
         row["what"] = "evaluation" + (f", KL to {source_text(settings['kl_to'])}" if settings.get("kl_to") else "")
         row["on"] = [task_text(settings.get("task"))]
+    elif stage.kind in {"delta", "merge"}:
+        row["what"] = "one bit a weight on its base" if stage.kind == "delta" else "adapters folded in"
+        row["on"] = [_sources(settings["data"])] if settings.get("data") else []
     elif stage.kind in {"quantize", "prune"}:
         row["what"] = _made_smaller(stage.kind, settings, done)
         row["on"] = [_sources(settings["data"])] if settings.get("data") else []

@@ -141,7 +141,7 @@ def _run_stage(recipe: Recipe, each: Planned, context: Context) -> dict[str, Any
 
 def _summary(record: dict[str, Any]) -> dict[str, Any]:
     """What a program wants of a stage."""
-    wanted = ("metrics", "seconds", "peak_memory_mb", "steps", "best")
+    wanted = ("metrics", "sizes", "bytes", "seconds", "peak_memory_mb", "steps", "best")
     return {"metrics": {}, **{key: record[key] for key in wanted if key in record}}
 
 

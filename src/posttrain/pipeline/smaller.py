@@ -53,10 +53,14 @@ class Smaller(Stage):
         for data in (self.data, self.measure):
             if data is not None:
                 data.check()
-                _refuse_no_text(data, self.kind)
+                refuse_no_text(data, self.kind)
 
     def run(self, context: Context) -> Metrics:
-        return context.resolved(self).make(context.folder / "model", context.say)
+        import shutil
+
+        out = context.folder / "model"
+        shutil.rmtree(out, ignore_errors=True)  # of a run that ended just after it was written
+        return context.resolved(self).make(out, context.say)
 
     def make(self, folder: Path, say: Callable[[str], None]) -> Metrics:
         """Writes the smaller model to `folder`. Returns its sizes, the distances, and whatever the kind adds."""
@@ -65,6 +69,7 @@ class Smaller(Stage):
         with heavy_imports():
             from posttrain.batch import Sequences
             from posttrain.compress.distance import distance
+            from posttrain.compress.readback import staged
             from posttrain.tuners.load import load
 
         loaded = load(self.model)
@@ -78,20 +83,42 @@ class Smaller(Stage):
             for line in rendered.summary():
                 say(f"{name}: {line}")
             rows[name] = Sequences.of(rendered.sequences)
-        record = self.shrink(loaded, rows.get("data"), folder)
         held_out = rows.get("measure", rows.get("data"))
-        if held_out is None:
-            return {"metrics": {}, **record}
-        after = self.model.model_copy(update={"path": str(folder), "base": None, "revision": None, "trust_remote_code": None})
-        figures = distance(load(self.model).lm, load(after).lm, held_out)
-        return {"metrics": {name: figure.as_dict() for name, figure in figures.items()}, **record}
+        with staged(folder) as stage:
+            record = self.shrink(loaded, rows.get("data"), stage)
+            record["bytes"]["file"] = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
+            if held_out is None:
+                return {"metrics": {}, **record}
+            say(f"measures the model before and after on {len(held_out.tokens):,} tokens")
+            after = self.model.model_copy(update={"path": str(stage), "base": None, "revision": None, "trust_remote_code": None})
+            figures = distance(load(self.model).lm, load(after).lm, held_out)
+            return {"metrics": {name: figure.as_dict() for name, figure in figures.items()}, **record}
+
+    def write(self, loaded: "Loaded", folder: Path) -> None:
+        """What is not made smaller is written in the dtype in which it was stored, though computed in the model's."""
+        from transformers import AutoConfig
+
+        from posttrain.models.load import save
+
+        lowest = self.model.foundation()
+        stored = AutoConfig.from_pretrained(str(lowest.folder() or lowest.path), revision=lowest.revision).dtype
+        for parameter in loaded.lm.model.parameters():
+            parameter.data = parameter.data.to(stored or parameter.dtype)
+        save(loaded.lm.model, loaded.tokenizer, folder)
 
     def shrink(self, loaded: "Loaded", rows: "Sequences | None", folder: Path) -> Metrics:
         """Does it, and writes the model to `folder`. Returns what the record says beside distances."""
         raise NotImplementedError
 
 
-def _refuse_no_text(data: Data, kind: str) -> None:
+def sizes(weights: int, others: int, stored: int) -> dict[str, int]:
+    """Bytes of a model in 16 bits, and where its `weights` take `stored` bytes in place of 2 each."""
+    return {
+        "before": 2 * (others + weights), "after": 2 * others + stored, "matrices_before": 2 * weights, "matrices_after": stored,
+    }  # fmt: skip
+
+
+def refuse_no_text(data: Data, kind: str) -> None:
     for source in data.sources:
         first = source.first()
         if first is not None and (data.format or detect(first)).makes.isdisjoint(HELD_OUT):
