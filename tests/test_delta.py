@@ -360,7 +360,7 @@ def test_padded_tables_of_different_sizes_are_compared_where_both_have_tokens():
 
 def test_a_teacher_is_asked_for_and_refused_where_nothing_is_learned_from_it():
     with pytest.raises(RecipeError, match="learns from another model: add `teacher`"):
-        Recipe.parse(json.dumps(settings("sft", objective="match_logits")))
+        Recipe.parse(json.dumps(settings("sft", objective={"kind": "match_logits"})))
     with pytest.raises(RecipeError, match="learns from no other model; remove the section `teacher`"):
         Recipe.parse(json.dumps(settings("sft", teacher=str(base()))))
 

@@ -71,6 +71,7 @@ ONCE: dict[str, tuple[str, str, dict[str, Any]]] = {  # after one
     "bco-cached-lora": ("bco", "lora", CACHED),
     "ranking_reward-full": ("ranking_reward", "full", {}),
     "process_reward-lora": ("process_reward", "lora", {}),
+    "match_logits-lora": ("match_logits", "lora", {}),
     "ppo-shared-lora": ("ppo", "lora", {}),
     "classify-lora": ("classify", "lora", {}),
 }

@@ -72,6 +72,7 @@ COMPARED: dict[str, dict[str, Any]] = {  # those that learn from comparisons, la
     "bradley_terry": {"objective": "bradley_terry", "data": PREFERENCES, "batch": FEW},
     "ranking_reward": {"objective": "ranking_reward", "data": RANKED, "batch": FEW},
     "process_reward": {"objective": "process_reward", "data": STEPPED, "batch": FEW},
+    "match_logits": {"objective": "match_logits", "data": RAW, "batch": FEW},
     "ppo": {"objective": "ppo", "task": TASK, "rollout": ROLLOUT, "critic": {"shared": True}},
     "classify": {"objective": "classify", "data": CLASSIFIED, "batch": FEW},
 }
@@ -139,6 +140,8 @@ def settings(kind: str = "sft", adapter: str = "full", /, **changes: Any) -> dic
         "model": str(base()), "steps": STEPS, "checkpoint": {"every": 1, "keep": 2}, "optim": {"learning_rate": 1e-2},
     }  # fmt: skip
     found = {**shared, **(OBJECTIVES | COMPARED)[kind], **TUNERS[adapter], **changes}
+    if found["objective"] == "match_logits":
+        found = {"teacher": str(fine()), **found}
     if found["tuner"] == {"kind": "delta_scale"}:
         found["tuner"] = {"kind": "delta_scale", "of": str(fine())}
     return found
