@@ -189,11 +189,11 @@ def rounded_twin(lm: Any, delta: Any, fine: Any) -> Any:
     import torch
 
     from claims import strings
-    from posttrain.models.delta import matrices
+    from posttrain.models.linears import below_head
 
-    twin, made = strings.twin(lm), matrices(fine.model)
+    twin, made = strings.twin(lm), below_head(fine.model)
     with torch.no_grad():
-        for path, layer in matrices(twin.model).items():
+        for path, layer in below_head(twin.model).items():
             difference = made[path].weight - layer.weight
             step = difference.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
             layer.weight += step * (difference / step).round()

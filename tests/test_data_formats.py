@@ -333,6 +333,8 @@ def test_every_shipped_file_is_read():
     counts = {}
     for path in sorted(folder.glob("*.jsonl*")):
         worded = {"kind": "labelled", "good": "positive"} if path.name.startswith(("reviews", "sentiment")) else None
+        if path.name.startswith("commonsense"):
+            worded = {"kind": "prompt_completion", "fields": {"prompt": "question", "completion": "answer"}}
         loaded = Data.model_validate({"sources": f"posttrain:data/{path.name}", "format": worded}).read()
         counts[path.name] = (loaded.usable, loaded.formats[0])
         assert not loaded.dropped

@@ -638,9 +638,14 @@ def test_the_cache_is_asked_of_another_model_where_the_recipe_names_one(tmp_path
 LABELS = {"sources": {"kind": "inline", "items": [{"prompt": f"{a}?", "completion": "Yes.", "label": True} for a in range(3)]}}
 
 
+def read(stage):
+    """As a session reads its rows: parsed, then judged by the objective."""
+    return Rows.read(stage).settled(stage)
+
+
 def refused_rows(kind, **changes):
     with pytest.raises(DataError) as caught:
-        Rows.read(parsed(text(kind, **changes)).stages["train"])
+        read(parsed(text(kind, **changes)).stages["train"])
     return str(caught.value)
 
 
@@ -656,8 +661,8 @@ def test_answers_of_one_class_are_refused(kind):
     assert "all 3 answers are bad" in refused_rows(kind, data=bad)
     mixed = json.loads(json.dumps(LABELS))
     mixed["sources"]["items"][1]["label"] = False
-    Rows.read(parsed(text(kind, data=mixed)).stages["train"])
-    Rows.read(parsed(text(kind, data=PREFERENCES)).stages["train"])  # a pair is one of each
+    read(parsed(text(kind, data=mixed)).stages["train"])
+    read(parsed(text(kind, data=PREFERENCES)).stages["train"])  # a pair is one of each
 
 
 def test_log_odds_of_a_certain_label_are_refused_with_its_row():
@@ -772,4 +777,4 @@ def test_rows_that_cannot_be_measured_on_are_refused_before_training():
     unsure = {"kind": "inline", "items": [{"prompt": "a", "chosen": "b", "rejected": "c", "prefer": 0.7}]}
     stage = parsed(text("dpo", objective={"kind": "psi_po", "psi": "log_odds"}, data={"sources": unsure}, validation={"data": {"sources": certain}})).stages["train"]
     with pytest.raises(DataError, match=r"no finite target where a preference is as certain as 1"):
-        Rows.read(stage)
+        read(stage)

@@ -21,19 +21,25 @@ class Frozen:
     switch: Callable[[], AbstractContextManager[None]] = nullcontext
     micro_tokens: int = 8192
 
+    @contextmanager
+    def looking_on(self) -> Iterator[None]:
+        """Within it the model is this one, and nothing is learned from it."""
+        with torch.no_grad(), self.switch():
+            yield
+
     def logprobs(self, seqs: Sequences, temperature: float = 1.0) -> Float[Tensor, " N"]:
         """log p of each trained token, without gradient, at most about `micro_tokens` tokens at a time."""
-        with torch.no_grad(), self.switch():
+        with self.looking_on():
             return self.lm.logprobs_of_many(seqs, self.micro_tokens, temperature)
 
     def hidden(self, seqs: Sequences) -> Float[Tensor, "N D"]:
         """The state that each trained token is predicted from, without gradient; all sequences at once."""
-        with torch.no_grad(), self.switch():
+        with self.looking_on():
             return self.lm.hidden(seqs)
 
     def logits_of(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         """Its logits at some of these states."""
-        with torch.no_grad(), self.switch():
+        with self.looking_on():
             return self.lm.project(hidden)
 
     def sums(self, *seqs: Sequences) -> list[Float[Tensor, " B"]]:

@@ -230,10 +230,10 @@ def _how_long(stage: Ran) -> Iterator[str]:
 
 
 def kind_text(section: Any) -> str:
-    """`lora, rank 16, alpha 32`: a component's kind and its plain settings."""
+    """`lora, rank 16, alpha 32`: a component's kind and its settings; switches only where they are on."""
     if not isinstance(section, dict):
         return str(section or "–")
-    given = {key: value for key, value in section.items() if key != "kind" and value is not None}
+    given = {key: value for key, value in section.items() if key != "kind" and value not in (None, False)}
     return ", ".join([str(section.get("kind", "")), *(f"{key} {value}" for key, value in given.items())])
 
 

@@ -63,12 +63,15 @@ class DeltaScale(Tuner, kind="delta_scale"):
 
     def install(self, model: "PreTrainedModel") -> None:
         from posttrain.models import delta
+        from posttrain.models.quantized import quantized
         from posttrain.tuners.load import load_weights
 
         found = delta.active(model)
         if self.of is None and found is None:
             raise RecipeError("tuner.of: this model has no delta whose scales could move; name a fine-tuned model")
         if self.of is not None:
+            if quantized(model):
+                raise RecipeError("tuner.of: this model is quantised, and a delta is a difference of weights; take it as it was")
             if found is not None or layers_of(model):
                 kept = "a delta" if found is not None else "adapters"
                 raise RecipeError(

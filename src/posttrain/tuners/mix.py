@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from posttrain import draws
 from posttrain.errors import InputError, ModelError
 from posttrain.models.source import PEFT, ModelSource, about_adapter
 from posttrain.tuners.below import folder_of, kind_of, refuse_unfoldable
@@ -121,6 +120,8 @@ class Mix:
 
     def update(self, path: str, layer: Any) -> "Tensor":
         """What all adapters together add to the weights of a layer."""
+        from posttrain import draws  # and numpy with it
+
         held = [name for name in self.names if name in layer.r]
         deltas = [layer.get_delta_weight(name).detach() for name in held]
         return together(
@@ -175,6 +176,7 @@ class Mix:
     def _side_by_side(self, layer: Any) -> "tuple[Tensor, Tensor]":
         """(B, A) of rank r_1 + r_2 + ..., whose product is the weighted sum of the updates."""
         import torch
+
 
         held = [name for name in self.names if name in layer.r]
         left = [layer.lora_B[name].weight * layer.scaling[name] * self._weight(name) for name in held]
