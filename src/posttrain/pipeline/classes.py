@@ -3,11 +3,9 @@
 from typing import Any
 
 from posttrain.data.dataset import Data
-from posttrain.data.format import detect
-from posttrain.errors import RecipeError
 from posttrain.models.source import ModelSource
 from posttrain.pipeline.libraries import heavy_imports
-from posttrain.pipeline.stage import Context, Metrics, Stage
+from posttrain.pipeline.stage import Context, Metrics, Stage, refuse_other_rows
 
 
 class EvaluateClasses(Stage, kind="evaluate_classes"):
@@ -24,10 +22,7 @@ class EvaluateClasses(Stage, kind="evaluate_classes"):
     def check(self) -> None:
         self.model.check()
         self.data.check()
-        for source in self.data.sources:
-            first = source.first()
-            if first is not None and "Classified" not in (self.data.format or detect(first)).makes:
-                raise RecipeError(f"{first.where}: this stage needs texts with labels; name them so: data.format: classified")
+        refuse_other_rows(self.data, {"Classified"}, "this stage needs texts with labels; name them so: data.format: classified")
 
     def run(self, context: Context) -> Metrics:
         import json

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from posttrain.data.dataset import Data
-from posttrain.data.format import detect
 from posttrain.errors import RecipeError
 from posttrain.models.source import ModelSource
 from posttrain.pipeline.libraries import heavy_imports
-from posttrain.pipeline.stage import Context, Metrics, Stage
+from posttrain.pipeline.stage import Context, Metrics, Stage, refuse_other_rows
 from posttrain.training.settings import HELD_OUT
 from posttrain.tuners.below import folds
 
@@ -119,7 +118,5 @@ def sizes(weights: int, others: int, stored: int) -> dict[str, int]:
 
 
 def refuse_no_text(data: Data, kind: str) -> None:
-    for source in data.sources:
-        first = source.first()
-        if first is not None and (data.format or detect(first)).makes.isdisjoint(HELD_OUT):
-            raise RecipeError(f"{first.where}: stage {kind} reads text: give text, messages or prompt_completion")
+    """Raises RecipeError for rows that a language model is not measured on."""
+    refuse_other_rows(data, HELD_OUT, f"stage {kind} reads text: give text, messages or prompt_completion")

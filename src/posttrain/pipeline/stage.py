@@ -1,7 +1,7 @@
 """A stage of a recipe: something with inputs and a folder, that is run once and then reused."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -10,7 +10,9 @@ from pydantic import BaseModel
 
 from posttrain.component import Component
 from posttrain.data.dataset import Data
+from posttrain.data.format import detect
 from posttrain.data.source import File, StageRows
+from posttrain.errors import RecipeError
 from posttrain.models.source import ModelSource
 from posttrain.paths import resolve
 from posttrain.pipeline.signals import Interrupted as Interrupted
@@ -85,6 +87,14 @@ def parts(settings: BaseModel) -> Iterator[BaseModel]:
         for each in value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]:
             if isinstance(each, BaseModel):
                 yield from parts(each)
+
+
+def refuse_other_rows(data: Data, wanted: Collection[str], what: str) -> None:
+    """Raises RecipeError where the first row of a source is of a format that makes none of the wanted rows."""
+    for source in data.sources:
+        first = source.first()
+        if first is not None and (data.format or detect(first)).makes.isdisjoint(wanted):
+            raise RecipeError(f"{first.where}: {what}")
 
 
 def references(stage: Stage) -> list[str]:

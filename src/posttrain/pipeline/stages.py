@@ -7,13 +7,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from posttrain.component import Settings
 from posttrain.data.dataset import Data
-from posttrain.data.format import detect
-from posttrain.errors import RecipeError, RunError
+from posttrain.errors import RunError
 from posttrain.evaluation import Evaluation
 from posttrain.models.source import ModelSource, refuse_other_tokens
 from posttrain.pipeline.libraries import heavy_imports
 from posttrain.pipeline.signals import Interrupted
-from posttrain.pipeline.stage import ROWS, Context, Metrics, Stage
+from posttrain.pipeline.stage import ROWS, Context, Metrics, Stage, refuse_other_rows
 from posttrain.sampling import InProcess, Sampler, Sampling
 from posttrain.tasks import Task
 from posttrain.training.settings import HELD_OUT, TrainSettings
@@ -117,10 +116,7 @@ class EvaluatePairs(Stage, kind="evaluate_pairs"):
         if self.reference is not None:
             self.reference.check()
             refuse_other_tokens("reference", self.reference, self.model)
-        for source in self.data.sources:
-            first = source.first()
-            if first is not None and "Preference" not in (self.data.format or detect(first)).makes:
-                raise RecipeError(f"{first.where}: this stage compares pairs of answers; give data of format preference")
+        refuse_other_rows(self.data, {"Preference"}, "this stage compares pairs of answers; give data of format preference")
 
     def run(self, context: Context) -> Metrics:
         with heavy_imports():
@@ -150,10 +146,7 @@ class EvaluateText(Stage, kind="evaluate_text"):
     def check(self) -> None:
         self.model.check()
         self.data.check()
-        for source in self.data.sources:
-            first = source.first()
-            if first is not None and (self.data.format or detect(first)).makes.isdisjoint(HELD_OUT):
-                raise RecipeError(f"{first.where}: this stage measures text: give text, messages or prompt_completion")
+        refuse_other_rows(self.data, HELD_OUT, "this stage measures text: give text, messages or prompt_completion")
 
     def run(self, context: Context) -> Metrics:
         import math
