@@ -24,17 +24,15 @@ def best(work: Callable[[], object], seconds: float = 1.0) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """GFLOP/s of square matrix products in float32 (by the faster of torch's two libraries) and bfloat16, GB/s of a copy."""
+    """GFLOP/s of square matrix products in float32 (by the faster of torch's two libraries) and bfloat16, where the processor has
+    it; GB/s of a copy."""
     import torch
 
-    from posttrain.models.products import product
+    from posttrain.models.products import bfloat16_is_slow, product
 
     found = {}
-    for name, dtype, work in (
-        ("float32, torch's product", torch.float32, torch.matmul),
-        ("float32", torch.float32, product),
-        ("bfloat16", torch.bfloat16, torch.matmul),
-    ):
+    works = [("float32, torch's product", torch.float32, torch.matmul), ("float32", torch.float32, product)]
+    for name, dtype, work in [*works, *([] if bfloat16_is_slow() else [("bfloat16", torch.bfloat16, torch.matmul)])]:
         one, other = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
         found[name] = 2 * 2048**3 / best(lambda work=work, one=one, other=other: work(one, other)) / 1e9
     source, target = torch.empty(1 << 26), torch.empty(1 << 26)

@@ -26,7 +26,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def posttrain(shape: str, steps: int, what: str, dtype: str = "mixed") -> dict[str, Any]:
+def posttrain(shape: str, steps: int, what: str, dtype: str) -> dict[str, Any]:
     """The stage as a user would run it."""
     from posttrain.pipeline.recipe import Recipe
     from posttrain.pipeline.run import Listener, run
@@ -55,23 +55,25 @@ def posttrain(shape: str, steps: int, what: str, dtype: str = "mixed") -> dict[s
     }  # fmt: skip
 
 
-def trl(shape: str, steps: int, what: str) -> dict[str, Any]:
-    """`SFTTrainer` with its defaults (bf16, gradient checkpointing) on the same tokens, with a `LoraConfig` of peft's."""
+def trl(shape: str, steps: int, what: str, dtype: str) -> dict[str, Any]:
+    """`SFTTrainer` with its defaults (gradient checkpointing; bf16 if `dtype` is mixed) on the same tokens, with peft's LoRA."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
+    mixed = dtype == "mixed"
     codes = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
-    )
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16" if mixed else "float32",
+    )  # fmt: skip
     more = {"quantization_config": codes} if what == "qlora" else {}
     model = AutoModelForCausalLM.from_pretrained(model_folder(shape), dtype="float32", **more)
     rows = sft_rows(shape, steps)
     data = Dataset.from_list([{"input_ids": tokens, "completion_mask": [int(mark) for mark in train]} for tokens, train in rows])
     watch, peaks = clock(), []
     arguments = SFTConfig(
-        str(HOME / "tuners-trl"), report_to="none", use_cpu=True, per_device_train_batch_size=ROWS, max_steps=steps,
+        str(HOME / "tuners-trl"), report_to="none", use_cpu=True, bf16=mixed, per_device_train_batch_size=ROWS, max_steps=steps,
         learning_rate=RATE, lr_scheduler_type="constant", logging_steps=1, logging_first_step=True, save_strategy="no",
         disable_tqdm=True, completion_only_loss=True, train_sampling_strategy="sequential", max_grad_norm=1.0, weight_decay=0.0,
     )  # fmt: skip

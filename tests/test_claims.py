@@ -74,6 +74,9 @@ def test_the_rows_of_the_delta_are_written_again_and_backwards():
             letters = tokens[1:6]
             assert tokens == [t5.END, *letters, t5.EQUALS, *letters[::way]]
             assert marks == [False] * 7 + [True] * 5
+    for index, row in enumerate(t5.rows_of("either", 3, 20)):
+        tokens, _ = row.sequences[0]
+        assert tokens[7:] == tokens[1:6][:: -1 if index % 2 else 1]
 
 
 def test_fewer_bits_cost_more_and_nf4_loses_less_than_equal_steps(tmp_path):

@@ -120,8 +120,8 @@ def test_what_was_pruned_stays_out_when_an_ordinary_stage_goes_on_from_it(tmp_pa
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"kind": "prune"}, "method wanda looks at what layers are given: add the section `data`"),
-        ({"kind": "prune", "method": "magnitude", "data": TEXTS}, "reads no `data`; call that section `measure`"),
+        ({"kind": "prune"}, "method wanda looks at what layers are given: give it `data`"),
+        ({"kind": "prune", "method": "magnitude", "data": TEXTS}, "rows to measure on are `measure`"),
         ({"kind": "prune", "method": "magnitude", "pattern": "4:2"}, "leaves nothing out"),
         ({"kind": "prune", "method": "magnitude", "pattern": "2:4", "sparsity": 0.3}, "leaves out 50%; remove `sparsity`"),
         ({"kind": "prune", "method": {"kind": "magnitude", "within": "row"}, "pattern": "2:4"}, "remove `within`"),

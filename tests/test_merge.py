@@ -253,7 +253,7 @@ def test_one_adapter_of_several_has_their_rank_and_loads_in_peft(start: Path, tw
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({}, "merged by weight: give one for each"),
-    ({"weights": [1]}, "1 weights for 2 adapters"),
+    ({"weights": [1]}, "weights 1: give one for each of the 2 adapters"),
     ({"weights": [1, 1], "method": "ties"}, "give density"),
     ({"weights": [1, 1], "density": 0.5}, "linear keeps all"),
     ({"weights": [1, 1], "method": "ties", "density": 0.0}, "above 0, and at most 1"),

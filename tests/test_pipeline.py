@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from tiny_runs import DATA, base
 
 from posttrain.errors import InputError, RunError
 from posttrain.pipeline.recipe import Recipe
-from posttrain.pipeline.run import locked, plan, run
+from posttrain.pipeline.run import Listener, locked, plan, run
 
 TINY = """\
 seed: 3
@@ -67,6 +68,16 @@ def test_a_run_ends_with_a_summary_of_every_stage(finished):
     assert record["facts"]["settings"]["optim"]["learning_rate"] == 0.01
     assert record["versions"]["torch"]
     assert record["facts"]["fingerprints"]
+
+
+@pytest.mark.parametrize(("dtype", "slow", "told"), [("mixed", True, True), ("mixed", False, False), ("float32", True, False)])
+def test_a_run_says_that_its_cpu_has_no_bfloat16(dtype, slow, told, monkeypatch, tmp_path):
+    monkeypatch.setattr("posttrain.training.session.bfloat16_is_slow", lambda: slow)
+    said = []
+    document = {"model": {"path": str(base()), "dtype": dtype}, "objective": "sft", "data": DATA, "steps": 1}
+    run(Recipe.model_validate({"stages": {"sft": document}}), tmp_path, Listener(say=said.append))
+    word = f"this CPU has no instructions for bfloat16: model.dtype: float32 is many times faster than {dtype}"
+    assert (word in " ".join(said)) == told
 
 
 def test_a_finished_run_is_reused_whole(finished):

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import tiny_encoders
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -94,7 +95,8 @@ def _home() -> "TemporaryDirectory[str]":
 @cache
 def fine(name: str, seed: int = 5, by: float = 0.02) -> Path:
     """The folder of a model that was fine-tuned from `transformer(name)`: all its weights moved a little. Without a tokenizer."""
-    model, draw = transformer(name), torch.Generator().manual_seed(seed)
+    made = transformer if name in CONFIGS else tiny_encoders.transformer
+    model, draw = made(name), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(by * torch.randn(parameter.shape, generator=draw))

@@ -9,8 +9,11 @@ import os
 import sys
 import traceback
 
+import beartype  # noqa: F401
+import hypothesis.strategies  # noqa: F401
 import jaxtyping  # noqa: F401
 import peft  # noqa: F401
+import pydantic  # noqa: F401
 import pytest
 import torch
 import transformers
@@ -18,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  #
 from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-OPTIONS = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly", "--tb=line"]
+OPTIONS = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly", "--tb=line", "--assert=plain"]
 CRASHED = 70
 
 

@@ -16,7 +16,7 @@ BASE = "base"  # what a model without its deltas is called
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder or a hub name.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name, or posttrain:tiny-base.")],
     delta: Annotated[list[Path] | None, typer.Option(help="A delta on this model, from `posttrain delta`; several.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import warnings
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.compress import gguf
 from posttrain.compress.readback import (
@@ -29,7 +30,7 @@ from posttrain.compress.readback import (
 from posttrain.errors import InputError, ModelError
 from posttrain.models import delta, delta_file
 from posttrain.models import load as plain
-from posttrain.models.load import Loaded, LoadedScalar, resolved, save, wrap
+from posttrain.models.load import Loaded, LoadedScalar, resolved, save, stored_dtype, wrap
 from posttrain.models.reward import save_reward_model
 from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import PEFT, ModelSource
@@ -204,7 +205,9 @@ def _said_by_peft(folder: Path, below: ModelSource, scores: bool, rows: list[lis
     from peft import PeftModel
 
     loaded = plain.load_scalar(below, torch.nn.init.zeros_) if scores else plain.load(below)
-    model = PeftModel.from_pretrained(loaded.lm.model, str(folder)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers has given another name
+        model = PeftModel.from_pretrained(loaded.lm.model, str(folder)).eval()
     with torch.no_grad():
         found = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0].cpu() for row in rows]
     return torch.cat(found) if scores else torch.cat([each[-len(row) :][:-1] for each, row in zip(found, rows, strict=True)])
@@ -278,8 +281,7 @@ def _exact(source: ModelSource | str | Path) -> ModelSource:
 def _float(dtype: str | None, source: ModelSource) -> str:
     """The precision of what is written: as asked, else as the model below is stored."""
     if dtype is None:
-        lowest = source.foundation()
-        stored = AutoConfig.from_pretrained(str(lowest.folder() or lowest.path), revision=lowest.revision).dtype
+        stored = stored_dtype(source)
         return next((name for name, each in FLOATS.items() if each == stored), "float32")
     if dtype not in FLOATS:
         raise InputError(f"dtype {dtype!r}: a folder holds one of {', '.join(FLOATS)}")

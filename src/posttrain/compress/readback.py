@@ -53,7 +53,7 @@ class Written:
             f"{self.path}: {self.format}, {self.dtype}, {self.bytes:,} bytes",
             f"from the model as loaded: logits differ by at most {self.difference:.2g}, KL {self.divergence:.2g} nats a token",
             f"chat template {'kept' if self.chat_template else 'none'}, stop tokens {self.stop_ids} kept",
-            *([f"the adapter's rank cuts off {self.cut:.2%} of the square of the update"] if self.cut > 5e-7 else []),
+            *([f"the adapter's rank cuts off {self.cut:.2%} of the square of the update"] if self.cut > 5e-5 else []),
         ]
 
 

@@ -13,7 +13,7 @@ from posttrain.batch import Sequences
 from posttrain.errors import ModelError
 from posttrain.models.encoder import Encoder, separator_of
 from posttrain.models.heads import head_parameters, head_parts, in_config, is_encoder, of_config
-from posttrain.models.load import from_pretrained, resolved, restore_head, said_by, wrap_scalar, wrapped
+from posttrain.models.load import from_pretrained, hub_options, resolved, restore_head, said_by, wrap_scalar, wrapped
 from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import ModelSource
 from posttrain.text import Classes
@@ -71,11 +71,8 @@ def load_classifier(
 
 def stored_classes(source: ModelSource) -> Classes | None:
     """What a model's folder tells apart; None for one without a head."""
-    folder = source.folder()
     with said_by(source):
-        trust: dict[str, Any] = {"trust_remote_code": source.trust_remote_code is not None}
-        revision = source.trust_remote_code or source.revision
-        config = AutoConfig.from_pretrained(str(folder) if folder else source.path, revision=revision, **trust)
+        config = AutoConfig.from_pretrained(**hub_options(source))
     has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     return of_config(config) if has_head else None
 

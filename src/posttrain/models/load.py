@@ -65,9 +65,8 @@ def load(source: ModelSource | str | Path) -> Loaded:
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer of a model alone. Raises ModelError where transformers cannot load it."""
     source = resolved(source)
-    folder = source.folder()
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if folder else source.path, revision=source.revision)
+        return AutoTokenizer.from_pretrained(**hub_options(source))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source.path}: transformers cannot load this tokenizer: {str(error).splitlines()[0]}") from None
 
@@ -122,6 +121,21 @@ def resolved(source: ModelSource | str | Path) -> ModelSource:
     return source
 
 
+def hub_options(source: ModelSource) -> dict[str, Any]:
+    """What transformers' `from_pretrained` asks of any model: its place, its revision, and whether its own code may run."""
+    return {
+        "pretrained_model_name_or_path": str(source.folder() or source.path),
+        "revision": source.trust_remote_code or source.revision,
+        "trust_remote_code": source.trust_remote_code is not None,
+    }
+
+
+def stored_dtype(source: ModelSource) -> torch.dtype | None:
+    """The precision of the weights that lie below all of a model's adapters, as its config says it."""
+    found: torch.dtype | None = AutoConfig.from_pretrained(**hub_options(source.foundation())).dtype
+    return found
+
+
 @contextmanager
 def said_by(source: ModelSource) -> Iterator[None]:
     """Says transformers' faults as ours, and keeps it quiet."""
@@ -145,19 +159,16 @@ def from_pretrained(
     """The model on its device, its tokenizer, and what transformers reports of the loading. `options` are settings of its config;
     `resized`: weights of another shape than these ask for are left out."""
     assert source.path is not None
-    folder = source.folder()
-    name = str(folder) if folder else source.path
-    trust = source.trust_remote_code is not None
-    shared: dict[str, Any] = {"revision": source.trust_remote_code or source.revision, "trust_remote_code": trust}
+    place = hub_options(source)
     with said_by(source):
-        config = AutoConfig.from_pretrained(name, **shared, **options)
+        config = AutoConfig.from_pretrained(**place, **options)
         plan = plan_of(source.path, config, source.quantize, source.double)
         coded = {} if plan is None else {"quantization_config": plan}
         model, report = auto.from_pretrained(
-            name, config=config, dtype=DTYPES[source.dtype], use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=resized, **shared, **coded,
+            **place, config=config, dtype=DTYPES[source.dtype], use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=resized, **coded,
         )  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(name, **shared)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
     if source.chat_template is not None:
         tokenizer.chat_template = resolve(source.chat_template).read_text(encoding="utf-8")
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -31,6 +31,13 @@ def _has_onednn() -> bool:
 
 
 @cache
+def bfloat16_is_slow() -> bool:
+    """Whether this CPU has no instructions for bfloat16: a product of 1024 x 1024 takes 50 times as long as in float32."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return asked is not None and not asked()
+
+
+@cache
 def by_onednn() -> bool:
     """Whether this machine's float32 products are oneDNN's: an AMD processor with AVX-512."""
     if not _has_onednn():

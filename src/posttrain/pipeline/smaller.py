@@ -36,9 +36,9 @@ class Smaller(Stage):
     def refuse_data(self, method: str, reads: bool) -> None:
         """Raises ValueError where a method lacks its calibration rows, or has some that it would pass over."""
         if reads and self.data is None:
-            raise ValueError(f"method {method} looks at what layers are given: add the section `data`, a hundred rows of text")
+            raise ValueError(f"method {method} looks at what layers are given: give it `data`, a hundred rows of text")
         if not reads and self.data is not None:
-            raise ValueError(f"method {method} looks at the weights alone and reads no `data`; call that section `measure`")
+            raise ValueError(f"method {method} looks at the weights alone and reads no `data`; rows to measure on are `measure`")
 
     def check(self) -> None:
         self.model.check()
@@ -95,12 +95,9 @@ class Smaller(Stage):
 
     def write(self, loaded: "Loaded", folder: Path) -> None:
         """What is not made smaller is written in the dtype in which it was stored, though computed in the model's."""
-        from transformers import AutoConfig
+        from posttrain.models.load import save, stored_dtype
 
-        from posttrain.models.load import save
-
-        lowest = self.model.foundation()
-        stored = AutoConfig.from_pretrained(str(lowest.folder() or lowest.path), revision=lowest.revision).dtype
+        stored = stored_dtype(self.model)
         for parameter in loaded.lm.model.parameters():
             parameter.data = parameter.data.to(stored or parameter.dtype)
         save(loaded.lm.model, loaded.tokenizer, folder)

@@ -18,6 +18,7 @@ from posttrain.models.heads import head_parameters
 from posttrain.models.lm import LM
 from posttrain.models.load import Loaded as LoadedLM
 from posttrain.models.load import LoadedScalar, save
+from posttrain.models.products import bfloat16_is_slow
 from posttrain.models.quantized import quantized
 from posttrain.models.reward import normalise, save_reward_model
 from posttrain.models.roles import Roles
@@ -69,6 +70,9 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
     rows = Rows.read(settings)
     settings = rows.settled(settings)
     loaded = starting_model(settings, session.seed)
+    dtype = settings.model.dtype
+    if dtype in {"mixed", "bfloat16"} and loaded.lm.device.type == "cpu" and bfloat16_is_slow():
+        session.say(f"this CPU has no instructions for bfloat16: model.dtype: float32 is many times faster than {dtype}")
     template = Template(loaded.tokenizer, settings.task is not None or settings.validation.task is not None or rows.needs_chat)
     if quantized(loaded.lm.model):
         refuse_quantized(settings.tuner, str(settings.model.path))

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -78,22 +77,16 @@ def load_weights(source: ModelSource, like: PreTrainedModel) -> PreTrainedModel:
         lower = load_weights(below, like)
         load_adapter(lower, folder_of(source), below)
         return lower
-    folder = source.folder()
-    name = str(folder) if folder else source.path
-    plain.transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(name, revision=source.revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source.path}: transformers cannot load this model: {str(error).splitlines()[0]}") from None
+    place = plain.hub_options(source)
+    with plain.said_by(source):
+        config = AutoConfig.from_pretrained(**place)
     if config.model_type != like.config.model_type:
         ours = like.config.model_type
         raise ModelError(f"{source.path}: is a {config.model_type} model and not of the base's architecture, {ours}")
-    try:
+    with plain.said_by(source):
         found, report = type(like).from_pretrained(
-            name, revision=source.revision, dtype=plain.DTYPES[source.dtype], use_safetensors=True, output_loading_info=True
+            **place, dtype=plain.DTYPES[source.dtype], use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{source.path}: transformers cannot load this model: {str(error).splitlines()[0]}") from None
     if missing := sorted(set(report["missing_keys"]) - {"score.weight"}):
         raise ModelError(f"{source.path}: the weights lack {missing[0]} ({len(missing)} missing in all); the file is not whole")
     model: PreTrainedModel = found

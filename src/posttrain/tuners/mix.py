@@ -39,7 +39,8 @@ class Mix:
     def check_settings(self) -> None:
         """Raises InputError for settings that do not go together."""
         if len(self.weights) != len(self.sources):
-            raise InputError(f"{len(self.weights)} weights for {len(self.sources)} adapters: give one for each, in their order")
+            given = ", ".join(f"{each:g}" for each in self.weights)
+            raise InputError(f"weights {given}: give one for each of the {len(self.sources)} adapters, in their order")
         if self.method != "linear" and self.density is None:
             raise InputError(f"method {self.method} keeps a share of each update: give density, such as 0.5")
         if self.method == "linear" and self.density is not None:

@@ -241,6 +241,8 @@ class Prefix(SoftTuner, kind="prefix"):
 
         from posttrain.models import soft
 
+        if _inside(model):
+            raise RecipeError("tuner prefix: an encoder's attention does not ask for keys of ours; take tuner prompt or p_tuning")
         config = self.peft_config(model)
         encoder = PrefixEncoder(config)
         found = soft.PrefixTokens(encoder, self.tokens, soft.next_id(model), config.num_layers, config.num_attention_heads)
