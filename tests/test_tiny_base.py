@@ -71,6 +71,7 @@ def test_its_digits_are_single_tokens_and_its_text_survives(loaded):
     assert loaded.tokenizer.decode(loaded.tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_its_recipe_makes_the_same_tokenizer_and_begins_with_the_same_loss(tmp_path):
     recipe = Recipe.load(Path(__file__).parents[1] / "recipes/tiny_base.yaml", ["stages.base.steps=1"])
     result = run(recipe, tmp_path)
