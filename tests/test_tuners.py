@@ -517,6 +517,16 @@ def test_lora_plus_gives_b_a_rate_of_its_own():
         assert rates[id(each)] == pytest.approx(3.2e-3 if "lora_B" in name else 2e-4), "2e-4: what is usual for lora"
 
 
+@pytest.mark.parametrize(("rate", "expected"), [("low", 5e-4), (None, 3e-3), ("high", 3e-2), (0.7, 0.7)])
+def test_a_learning_rate_may_be_named_as_an_end_of_what_is_usual_for_the_tuner(rate, expected):
+    tuner, lm = Tuner.lookup("ia3")(), make("llama")
+    tuner.install(lm.model)
+    learner = Learner.of(tuned(lm.model), AdamW(learning_rate=rate, schedule="constant", warmup=0.0), tuner)
+    assert learner.optim.peak == expected
+    learner.step(0, 10)
+    assert {group["lr"] for group in learner.optimizer.param_groups} == {expected}
+
+
 # ---- refusals
 
 

@@ -49,8 +49,8 @@ class Learner:
     @classmethod
     def of(cls, parameters: dict[str, nn.Parameter], optim: "Optimizer", tuner: "Tuner | None" = None) -> "Learner":
         """tuner: what decides the learning rate where `optim` names none, and the pace of each parameter."""
-        if tuner is not None and optim.learning_rate is None:
-            optim = optim.model_copy(update={"learning_rate": tuner.learning_rates[1]})
+        if tuner is not None:
+            optim = optim.of_tuner(tuner.learning_rates)
         optimizer = optim.build(parameters, tuner.paces(list(parameters)) if tuner else None)
         if tuner is not None:
             optimizer.register_step_post_hook(lambda *_: tuner.stepped(parameters))

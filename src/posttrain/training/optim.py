@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
@@ -22,8 +22,9 @@ class Optimizer(Component):
 
     default_kind = "adamw"
 
-    learning_rate: PositiveFloat | None = None
-    """The peak learning rate; by default the one that is usual for the tuner (full: 2e-5, lora: 2e-4, ...)."""
+    learning_rate: PositiveFloat | Literal["low", "high"] | None = None
+    """The peak learning rate; by default the one that is usual for the tuner (full: 2e-5, lora: 2e-4, ...). low and high are the ends
+    of what is usual (full: 1e-6 and 3e-4): small models mostly take the high one."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """After the warm-up: constant; linear or cosine decay; wsd (stable, then linear decay over the last `decay` of the run)."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
@@ -56,7 +57,14 @@ class Optimizer(Component):
 
     @property
     def peak(self) -> float:
+        assert not isinstance(self.learning_rate, str), "`of_tuner` has not been called"
         return 2e-5 if self.learning_rate is None else self.learning_rate
+
+    def of_tuner(self, rates: tuple[float, float, float]) -> Self:
+        """With a number for its learning rate: `rates` are the lowest, the common and the highest that are usual for a tuner."""
+        named = {"low": rates[0], None: rates[1], "high": rates[2]}
+        rate = self.learning_rate
+        return self if isinstance(rate, float) else self.model_copy(update={"learning_rate": named[rate]})
 
     def build(self, parameters: "dict[str, nn.Parameter]", paces: "Paces | None" = None) -> "torch.optim.Optimizer":
         """An optimizer over named parameters. Each group has a `share` of the learning rate and is still until `begins`."""

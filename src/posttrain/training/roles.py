@@ -83,7 +83,8 @@ def actor_critic(settings: TrainSettings, plan: Critic, lm: LM, tokenizer: Any, 
     """The policy with its critic, and what moves in the critic."""
     if plan.shared:
         head = ValueHead(lm)
-        return ActorCritic(lm, head), Learner.of({f"critic.{name}": each for name, each in head.named_parameters()}, plan.optim)
+        optim = plan.optim.of_tuner(plan.tuner.learning_rates)
+        return ActorCritic(lm, head), Learner.of({f"critic.{name}": each for name, each in head.named_parameters()}, optim)
     source = plan.model or settings.model
     refuse_other_tokenizer("critic", source, tokenizer)
     critic = load_scalar(source, nn.init.zeros_).lm
