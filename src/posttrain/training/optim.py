@@ -23,8 +23,8 @@ class Optimizer(Component):
     default_kind = "adamw"
 
     learning_rate: PositiveFloat | Literal["low", "high"] | None = None
-    """The peak learning rate; by default the one that is usual for the tuner (full: 2e-5, lora: 2e-4, ...). low and high are the ends
-    of what is usual (full: 1e-6 and 3e-4): small models mostly take the high one."""
+    """The peak learning rate; by default the one that is usual for the tuner (full: 2e-5, lora: 2e-4, ...). low and high are the
+    ends of what is usual (full: 1e-6 and 3e-4); small models mostly take the high one."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """After the warm-up: constant; linear or cosine decay; wsd (stable, then linear decay over the last `decay` of the run)."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
