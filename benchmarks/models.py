@@ -108,4 +108,4 @@ def sft_rows(name: str, updates: int) -> list[tuple[list[int], list[bool]]]:
     rendered = data.render(data.read(), Template(AutoTokenizer.from_pretrained(model_folder(name))))
     stream = Stream([len(each) for each in rendered.rows], None, SEED)
     drawn = [rendered.rows[source][row] for source, row in stream.take(updates * ROWS)]
-    return [(list(tokens), list(train)) for tokens, train in drawn]
+    return [(list(tokens), list(train)) for row in drawn for tokens, train in row.sequences]
