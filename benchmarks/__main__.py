@@ -233,7 +233,7 @@ def sampling(say: Callable[[str], None]) -> dict[str, Any]:
 
 def tuners(say: Callable[[str], None]) -> dict[str, Any]:
     """What training holds under tuners that move little: the peak, of full fine-tuning's and of TRL's with peft."""
-    steps, shape, dtype = 6, "wide", "float32" if bfloat16_is_slow() else "mixed"
+    steps, shape, dtype = 3, "wide", "float32" if bfloat16_is_slow() else "mixed"
     settings = {what: {"shape": shape, "steps": steps, "what": what, "dtype": dtype} for what in TUNERS}
     ours = {what: measured("tuners", "posttrain", asked) for what, asked in settings.items()}
     theirs = {what: measured("tuners", "trl", asked) for what, asked in settings.items() if what != "bitfit"}  # peft has none
