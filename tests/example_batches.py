@@ -108,6 +108,26 @@ def rollouts(lm: LM) -> Rollouts:
     )
 
 
+def behind(lm: LM) -> Rollouts:
+    """Drawn by a sampler that was not the policy from which the update starts."""
+    batch = rollouts(lm)
+    return replace(batch, old_logp=batch.sampled_logp + noise(len(batch.sampled_logp), 61, batch.sampled_logp, 0.4))
+
+
+def nearby(lm: LM) -> Rollouts:
+    """Samples of nearly the same policy: their mean ratios lie within a few ten-thousandths of 1, and a little beyond."""
+    batch = rollouts(lm)
+    with torch.no_grad():
+        logp = lm.logprobs(batch.seqs, temperature=batch.temperature)
+    return replace(batch, sampled_logp=logp + noise(len(logp), 67, logp, 1e-3))
+
+
+def uneven(lm: LM) -> Rollouts:
+    """Every token has an advantage of its own."""
+    batch = rollouts(lm)
+    return replace(batch, advantage=noise(len(batch.advantage), 71, batch.advantage, 1.0))
+
+
 def valued(policy: ActorCritic) -> Valued:
     """Rollouts whose critic has moved since, by less and by more than it is clipped to."""
     sampled = rollouts(policy)
@@ -198,6 +218,20 @@ EXAMPLES = [
     Example("grpo", {"aggregate": "sequence"}, rollouts),
     Example("grpo", {"aggregate": "token", "clip_high": 0.28}, rollouts),
     Example("grpo", {"aggregate": "sequence", "kl": 0.3}, rollouts),
+    Example("grpo", {"kl": 0.3, "kl_as": "weighted", "entropy": 0.1, "dual_clip": 1.2}, rollouts),
+    Example("grpo", {"ratio": "sequence_product", "aggregate": "sum"}, rollouts),
+    Example("grpo", {"aggregate": "token", "top_entropy": 0.3, "entropy": 0.1}, rollouts),
+    Example("grpo", {"correction": {"cap": 1.1}}, behind),
+    Example("grpo", {"correction": {"level": "sequence_mean", "mask": True, "floor": 0.8}}, behind),
+    Example("dr_grpo", {"length": 12}, rollouts),
+    Example("dapo", {}, rollouts),
+    Example("gspo", {}, nearby),
+    Example("cispo", {"cap": 1.2}, rollouts),
+    Example("rloo", {}, rollouts),
+    Example("reinforce_pp", {}, uneven),
+    Example("remax", {}, rollouts),
+    Example("sapo", {}, rollouts),
+    Example("vespo", {}, rollouts),
     Example("dpo", {}, pairs),
     Example("dpo", {"label_smoothing": 0.1, "nll": 0.5, "length": "mean", "beta": 2.0}, pairs),
     Example("dpo", {}, uncertain),

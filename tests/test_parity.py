@@ -31,7 +31,8 @@ from posttrain.data.render import Template
 from posttrain.models.load import Loaded, load
 from posttrain.models.roles import Frozen, Roles
 from posttrain.models.source import ModelSource
-from posttrain.objectives import GRPO, SFT, Objective
+from posttrain.objectives import GRPO, SFT, Objective, PolicyGradient
+from posttrain.objectives.policy_gradient import CISPO, DAPO, GSPO, RLOO, SAPO, VESPO, DrGRPO
 from posttrain.text import Conversation, Grade, Message, Problem, Sample
 from posttrain.training.fit import count_units, in_pieces
 from posttrain.training.updates import Item, Update
@@ -234,10 +235,10 @@ def oracle(
         assert len(completions) == len(given)
         return given
 
+    settings = {"use_bias_correction_kl": False, "epsilon": CLIP_LOW, "epsilon_high": CLIP_HIGH, **changes}
     arguments = trl.GRPOConfig(
         str(folder), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False,
-        per_device_train_batch_size=6, gradient_accumulation_steps=2, num_generations=GROUP, num_iterations=2,
-        use_bias_correction_kl=False, epsilon=CLIP_LOW, epsilon_high=CLIP_HIGH, **changes,
+        per_device_train_batch_size=6, gradient_accumulation_steps=2, num_generations=GROUP, num_iterations=2, **settings,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": "any"}] * len(pairs))
     with warnings.catch_warnings():
@@ -250,9 +251,11 @@ def oracle(
     return trainer, lambda: trainer._generate_and_score_completions([{"prompt": "any"}] * len(pairs))
 
 
-def their_update(trainer: Any, batch: dict[str, Tensor]) -> tuple[float, Gradients]:
+def their_update(
+    trainer: Any, batch: dict[str, Tensor], parts: tuple[slice, ...] = (slice(0, 6), slice(6, 12))
+) -> tuple[float, Gradients]:
     loss = 0.0
-    for part in (slice(0, 6), slice(6, 12)):
+    for part in parts:
         each = trainer._compute_loss(trainer.model, {name: value[part] if value.ndim else value for name, value in batch.items()})
         each.backward()
         loss += float(each.detach())
@@ -301,6 +304,90 @@ def test_grpos_loss_and_gradients_equal_trls(
     assert ((ratio < 1 - CLIP_LOW) & down).any(), "clipped below"
     assert ((ratio > 1 - CLIP_LOW) & (ratio < 1 + CLIP_HIGH)).any(), "and not everywhere"
     assert_same(our_update(model, objective, rollouts, 30), theirs, F32)
+
+
+WHOLE = "means over the tokens of a micro-batch"
+FAMILY: list[tuple[PolicyGradient, dict[str, Any]]] = [
+    (DrGRPO(length=9), {"loss_type": "dr_grpo", "max_completion_length": 9, "scale_rewards": "none"}),
+    (GRPO(aggregate="token"), {"loss_type": "bnpo", WHOLE: True}),
+    (GRPO(ratio="sequence_mean"), {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+    (GSPO(kl=0.3, clip_low=0.02, clip_high=0.03), {
+        "loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03, "beta": 0.3,
+    }),
+    (GRPO(ratio="sequence_mean", aggregate="sum"), {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
+    (GRPO(dual_clip=1.1, clip_high=0.05), {"loss_type": "grpo", "delta": 1.1, "epsilon_high": 0.05}),
+    (GRPO(kl=0.3, kl_as="weighted"), {"loss_type": "grpo", "beta": 0.3, "use_bias_correction_kl": True}),
+    (DAPO(entropy=0.2), {"loss_type": "dapo", "entropy_coef": 0.2, WHOLE: True}),
+    (DAPO(top_entropy=0.3, entropy=0.2, kl=0.3), {
+        "loss_type": "dapo", "top_entropy_quantile": 0.3, "entropy_coef": 0.2, "beta": 0.3, WHOLE: True,
+    }),
+    (CISPO(cap=1.05), {"loss_type": "cispo", "epsilon_high": 1.05}),
+    (SAPO(), {"loss_type": "sapo"}),
+    (VESPO(), {"loss_type": "vespo"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("objective", "changes"), FAMILY, ids=[f"{index}-{ours.kind}" for index, (ours, _) in enumerate(FAMILY)])
+def test_the_familys_losses_and_gradients_equal_trls(objective: PolicyGradient, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Every `loss_type` of TRL's and its switches, after the policy has moved on; those that TRL averages over the tokens of a
+    micro-batch in one piece, as ours are over the update."""
+    model, reference, changes = loaded(), loaded(), dict(changes)
+    whole = changes.pop(WHOLE, False)
+    trainer, scored = oracle(model, tmp_path, **changes)
+    if objective.kl:
+        trainer.ref_model.load_state_dict(reference.lm.model.state_dict())
+    moved(model.lm.model, 0.03, seed=5)
+    batch, samples = scored(), sampled(model, 1.0)
+    if "clip_low" in type(objective).model_fields and objective.kind != "gspo":
+        objective = objective.model_copy(update={"clip_low": CLIP_LOW, "clip_high": changes.get("epsilon_high", CLIP_HIGH)})
+    roles = Roles(Frozen(reference.lm))
+    rollouts, _ = objective.credit(samples, [Grade(score) for score in SCORES], model.lm, roles, 1.0)
+    moved(model.lm.model, 0.02, seed=6)  # since it sampled
+    if whole:
+        trainer.current_gradient_accumulation_steps = 1
+        batch["num_items_in_batch"] = batch["num_items_in_batch"] * 0 + batch["completion_mask"].sum()
+        trainer.args.steps_per_generation = 1
+    theirs = their_update(trainer, batch, (slice(0, 12),) if whole else (slice(0, 6), slice(6, 12)))
+    model.lm.model.eval()
+    with torch.no_grad():
+        rollouts = objective.annotate(rollouts, model.lm, roles)
+    assert_same(our_update(model, objective, rollouts, 30), theirs, F32 if objective.level == "token" else 1e-5)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_rloos_loss_and_gradients_equal_trls(kl: float, tmp_path: Path) -> None:
+    """TRL takes the sum of the differences to the reference from the reward, and clips the ratio of the whole answer."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model, reference = loaded(), loaded()
+    pairs = completions(model.tokenizer.eos_token_id)
+    arguments = trl.RLOOConfig(
+        str(tmp_path), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False,
+        per_device_train_batch_size=12, gradient_accumulation_steps=1, num_generations=GROUP, num_iterations=2, beta=kl,
+        epsilon=CLIP_LOW, epsilon_high=CLIP_HIGH,
+    )  # fmt: skip
+    data = Dataset.from_list([{"prompt": "any"}] * len(pairs))
+    trainer: Any = trl.RLOOTrainer(
+        model.lm.model, lambda **_: SCORES, args=arguments, train_dataset=data, processing_class=model.tokenizer
+    )
+    trainer._tokenize_prompts = lambda _prompts: ([prompt for prompt, _ in pairs], None, {})
+    trainer._generate_single_turn = lambda *_: [answer for _, answer in pairs]
+    if kl:
+        trainer.ref_model.load_state_dict(reference.lm.model.state_dict())
+    moved(model.lm.model, 0.03, seed=5)
+    trainer.model.train()
+    batch, samples = trainer._generate_and_score_completions([{"prompt": "any"}] * len(pairs)), sampled(model, 1.0)
+    objective = RLOO(kl=kl, clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
+    rollouts, _ = objective.credit(samples, [Grade(score) for score in SCORES], model.lm, Roles(Frozen(reference.lm)), 1.0)
+    ours = rollouts.advantage[rollouts.seqs.trained_lengths.cumsum(0) - 1]
+    torch.testing.assert_close(ours, batch["advantages"].float(), rtol=1e-5, atol=1e-5)
+    moved(model.lm.model, 0.02, seed=6)  # since it sampled
+    loss = trainer._compute_loss(trainer.model, batch)
+    loss.backward()
+    theirs = float(loss.detach()), gradients(trainer.model)
+    model.lm.model.eval()
+    assert_same(our_update(model, objective, rollouts, 30), theirs, 1e-5)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

@@ -207,7 +207,8 @@ class Sample:
 
     tokens: prompt and completion ids; sampled: True on every token the policy drew (its end token included);
     logp: the log-probability each sampled token was drawn with, in order; stop: "end" (an end token) or "length";
-    text: the decoded completion, for graders and people; version: the update the policy had then; by: who wrote it.
+    text: the decoded completion, for graders and people; version: the update the policy had then; by: who wrote it (greedy:
+    the policy, without drawing).
     """
 
     problem: Problem
@@ -218,4 +219,4 @@ class Sample:
     stop: Literal["end", "length"]
     text: str
     version: int = 0
-    by: Literal["policy", "reference"] = "policy"
+    by: Literal["policy", "reference", "greedy"] = "policy"

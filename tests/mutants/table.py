@@ -35,7 +35,7 @@ MUTANTS = [
     ),
     Mutant(
         "a mean over the samples of a micro-batch where a sum belongs",
-        "objectives/grpo.py",
+        "objectives/policy_gradient.py",
         "return value / size[part]",
         "return value / size[part] / batch.count",
         f"{PROPERTIES}::{SPLIT}[float64-full-grpo-aggregate=sequence-rollouts]",
@@ -56,9 +56,9 @@ MUTANTS = [
     ),
     Mutant(
         "sampled at a temperature, scored without it",
-        "objectives/grpo.py",
-        "total, logp = policy.token_sum(batch.seqs, per_token, batch.temperature)",
-        "total, logp = policy.token_sum(batch.seqs, per_token)",
+        "objectives/policy_gradient.py",
+        "per_token(logp, logp - before[part], part), batch.temperature)",
+        "per_token(logp, logp - before[part], part))",
         f"{PROPERTIES}::test_in_the_first_update_every_ratio_is_one_and_nothing_is_clipped[grpo-llama-0.7]",
     ),
     Mutant(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posttrain.batch.sequences import Answers, Sequences, moved
@@ -15,7 +15,8 @@ class Rollouts(Answers):
     """Sampled sequences with their credit; every tensor is flat over the N sampled tokens.
 
     sampled_logp: of the distribution that each token was drawn from; old_logp: the trainer's own, where the two differ;
-    version: the update that the policy had when it sampled each sequence.
+    version: the update that the policy had when it sampled each sequence; learns: which tokens have a part in the policy's
+    loss, all of them where None.
     """
 
     sampled_logp: Float[Tensor, " N"]
@@ -23,6 +24,7 @@ class Rollouts(Answers):
     version: Int[Tensor, " B"]
     old_logp: Float[Tensor, " N"] | None = None
     ref_logp: Float[Tensor, " N"] | None = None
+    learns: Bool[Tensor, " N"] | None = None
     temperature: float = 1.0
 
     def select(self, rows: Sequence[int]) -> "Rollouts":
@@ -36,6 +38,7 @@ class Rollouts(Answers):
             advantage=self.advantage[kept],
             old_logp=None if self.old_logp is None else self.old_logp[kept],
             ref_logp=None if self.ref_logp is None else self.ref_logp[kept],
+            learns=None if self.learns is None else self.learns[kept],
         )
 
 

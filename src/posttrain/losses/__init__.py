@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from posttrain.losses.aggregate import sequence_means, sequence_sums
     from posttrain.losses.classes import binary_cross_entropy, cross_entropy, squared_error
-    from posttrain.losses.credit import gae, group_advantages, whiten
+    from posttrain.losses.credit import gae, group_advantages, to_go, whiten
     from posttrain.losses.distillation import logit_gap, vocabulary_kl
     from posttrain.losses.kl import adaptive_kl, kl_k1, kl_k2, kl_k3
-    from posttrain.losses.policy_gradient import clipped_surrogate, clipped_value
+    from posttrain.losses.policy_gradient import (
+        cispo,
+        clipped_surrogate,
+        clipped_value,
+        entropy,
+        gamma_weight,
+        importance_weight,
+        soft_surrogate,
+    )
     from posttrain.losses.preference import (
         aot,
         aot_unpaired,
@@ -52,6 +60,7 @@ _HOME = {
     "squared_error": "classes",
     "gae": "credit",
     "group_advantages": "credit",
+    "to_go": "credit",
     "whiten": "credit",
     "logit_gap": "distillation",
     "vocabulary_kl": "distillation",
@@ -59,8 +68,13 @@ _HOME = {
     "kl_k1": "kl",
     "kl_k2": "kl",
     "kl_k3": "kl",
+    "cispo": "policy_gradient",
     "clipped_surrogate": "policy_gradient",
     "clipped_value": "policy_gradient",
+    "entropy": "policy_gradient",
+    "gamma_weight": "policy_gradient",
+    "importance_weight": "policy_gradient",
+    "soft_surrogate": "policy_gradient",
     "aot": "preference",
     "aot_unpaired": "preference",
     "apo_down": "preference",
@@ -105,20 +119,24 @@ __all__ = [
     "bradley_terry",
     "centring",
     "choice",
+    "cispo",
     "clipped_surrogate",
     "clipped_value",
     "cross_entropy",
     "discopop",
     "dpo",
     "dpop",
+    "entropy",
     "exo",
     "f_alpha",
     "f_forward_kl",
     "f_js",
     "f_reverse_kl",
     "gae",
+    "gamma_weight",
     "group_advantages",
     "hinge",
+    "importance_weight",
     "ipo",
     "kl_k1",
     "kl_k2",
@@ -137,8 +155,10 @@ __all__ = [
     "sequence_means",
     "sequence_sums",
     "simpo",
+    "soft_surrogate",
     "sppo",
     "squared_error",
+    "to_go",
     "vocabulary_kl",
     "whiten",
     "wpo_weight",

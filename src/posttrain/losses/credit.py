@@ -10,13 +10,18 @@ EQUAL = 1e-8  # a deviation below this is rounding, not signal
 
 
 def group_advantages(
-    scores: Float[Tensor, " B"], groups: Int[Tensor, " B"], scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4
+    scores: Float[Tensor, " B"],
+    groups: Int[Tensor, " B"],
+    scale: Literal["group", "batch", "none"] = "group",
+    eps: float = 1e-4,
+    leave_one_out: bool = False,
 ) -> Float[Tensor, " B"]:
     """(score - mean of its group) / (standard deviation + eps). arXiv 2402.03300 section 4.1.
 
     groups: the group of each sample, numbered from 0. scale: divide by the group's own deviation, by the deviation of the
     whole batch (arXiv 2508.08221), or not at all (arXiv 2503.20783). Deviations are Bessel-corrected. A group whose scores are
-    all equal gets exactly zero, and so does a group of one.
+    all equal gets exactly zero, and so does a group of one. leave_one_out: the mean is that of the group's others, which makes
+    the policy gradient unbiased where nothing is divided by (arXiv 2402.14740).
     """
     scores, dtype = scores.double(), scores.dtype  # so that equal scores such as 1/3 leave nothing behind
     sizes = torch.bincount(groups)
@@ -25,6 +30,8 @@ def group_advantages(
     squares = torch.zeros_like(sums).index_add(0, groups, centred**2)
     deviation = (squares / (sizes - 1).clamp(min=1)).sqrt()[groups]
     centred = torch.where(deviation < EQUAL, torch.zeros_like(centred), centred)
+    if leave_one_out:
+        centred = centred * (sizes / (sizes - 1).clamp(min=1))[groups]
     if scale == "none":
         return centred.to(dtype)
     if scale == "group":
@@ -54,6 +61,15 @@ def gae(
     for now in range(longest - 2, -1, -1):  # all sequences at once; after a sequence's end there are zeros
         advantage[now] += gamma * lam * advantage[now + 1]
     return advantage[step, owner]
+
+
+def to_go(reward: Float[Tensor, " N"], owner: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """The sum of the rewards of a token's sequence from the token on. owner: the sequence of each token, ascending."""
+    exact = reward.double().flip(0)
+    running = exact.cumsum(0).flip(0)
+    ends = torch.bincount(owner, minlength=int(owner.max()) + 1 if len(owner) else 0).cumsum(0)  # where each sequence ends
+    after = torch.cat([running, running.new_zeros(1)])[ends[owner]]
+    return (running - after).to(reward.dtype)
 
 
 def whiten(values: Float[Tensor, " N"], shift_mean: bool = True, unbiased: bool = True) -> Float[Tensor, " N"]:

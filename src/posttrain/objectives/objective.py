@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.models.roles import Roles
+    from posttrain.sampling import Sampling
     from posttrain.text import Grade, RenderedRow, Row, Sample
 
 Stats = "dict[str, tuple[Tensor | float, int]]"
@@ -79,11 +80,20 @@ class Objective(Component):
 class OnPolicy(Objective):
     """An objective that learns from what the policy itself samples."""
 
-    samples_reference: ClassVar[bool] = False
-    """Whether the reference answers each problem as often as the policy."""
+    refills: ClassVar[int] = 0
+    """How often, by default, further problems are drawn in place of those whose answers all have one score."""
+
+    @property
+    def also_samples(self) -> frozenset[str]:
+        """Who answers each problem beside the policy: `reference`, as often as it; `greedy`, the policy's likeliest answer."""
+        return frozenset()
 
     def check_rollout(self, problems: int, per_problem: int) -> None:
         """Refuses a plan of rollouts that it cannot learn from. Raises ValueError."""
+
+    def planned(self, sampling: "Sampling") -> Self:
+        """With what it takes from how tokens are drawn."""
+        return self
 
     def credit(
         self, samples: "Sequence[Sample]", grades: "Sequence[Grade]", policy: Any, roles: "Roles", temperature: float

@@ -29,7 +29,7 @@ class OnlineDPO(DPO, OnPolicy, kind="online_dpo"):
     reference_per_row = False
 
     def check_rollout(self, problems: int, per_problem: int) -> None:
-        if per_problem < 2 and not self.samples_reference:
+        if per_problem < 2 and not self.also_samples:
             raise ValueError(
                 f"objective {self.kind} compares the answers to one problem, and rollout.per_problem is {per_problem}; "
                 "set at least 2"
@@ -69,7 +69,9 @@ class XPO(OnlineDPO, kind="xpo"):
     optimism: NonNegativeFloat = 1e-5
     """alpha, the weight of the added term."""
 
-    samples_reference = True
+    @property
+    def also_samples(self) -> frozenset[str]:
+        return frozenset({"reference"})
 
     def _pairs(self, members: "Sequence[tuple[float, Sample]]") -> "list[tuple[Sample, Sample]]":
         """Of each draw the policy's answer and the reference's: with several draws a prompt, several pairs."""

@@ -153,7 +153,7 @@ class PPO(OnPolicy, kind="ppo"):
         error = losses.clipped_value(value, batch.value, batch.returns, self.value_clip)
         terms = {"policy": total, "value": self.value_weight * error.sum()}
         if self.entropy:
-            spread = policy.over_vocab(rollouts.seqs, lambda logits, _: entropy(logits / rollouts.temperature))
+            spread = policy.over_vocab(rollouts.seqs, lambda logits, _: losses.entropy(logits / rollouts.temperature))
             terms["entropy"] = -self.entropy * spread.sum()
         return Loss(terms, self._stats(logp, before, value.detach(), batch))
 
@@ -181,9 +181,3 @@ class PPO(OnPolicy, kind="ppo"):
         if rollouts.ref_logp is not None:
             stats["kl"] = ((rollouts.sampled_logp - rollouts.ref_logp).sum(), batch.count)
         return stats
-
-
-def entropy(logits: "Tensor") -> "Tensor":
-    """[N]: of each row's distribution, in nats."""
-    logp = logits.log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from posttrain.component import Settings
 from posttrain.errors import RunError
@@ -41,6 +41,9 @@ class Rollout(Settings):
     """Updates an epoch; each takes whole groups."""
     sampling: Sampling = Sampling()
     """How tokens are drawn."""
+    refill: NonNegativeInt | None = None
+    """How often, at most, further problems are drawn in place of those whose answers all have one score, until `problems` of
+    mixed scores are there (dynamic sampling, arXiv 2503.14476); null: as the objective has it (dapo 10, others 0)."""
     max_failures: float = Field(default=0.5, ge=0, lt=1)
     """The run stops when a larger share of samples could not be graded. A failure is not a score."""
 
@@ -67,7 +70,9 @@ class OnPolicyStream:
         grader.prepare(template)
         self.say = say
 
-        self.objective, self.problems, self.grader, self.sampler, self.plan = objective, problems, grader, sampler, plan
+        self.objective = objective.planned(plan.sampling)
+        self.refills = objective.refills if plan.refill is None else plan.refill
+        self.problems, self.grader, self.sampler, self.plan = problems, grader, sampler, plan
         self.policy, self.template, self.roles, self.seed = policy, template, roles, seed
         self.stream = Stream([len(problems)], None, seed)
         self.rollout = 0  # rollouts sampled so far
@@ -98,34 +103,69 @@ class OnPolicyStream:
     def _sample(self) -> tuple[dict[str, tuple[float, int]], tuple[tuple[Sample, Grade], ...]]:
         """Samples, grades and credits one rollout, and plans its updates."""
         self.rollout += 1
+        drawn = self._draw()
+        if self.rollout == 1:
+            self._mention_constant([grade for _, grade in drawn])
+        kept = self._refilled(drawn)
+        samples, grades = [one for one, _ in kept], [grade for _, grade in kept]
+        others = self._others(list({one.problem.id: one.problem for one in samples}.values()))
+        temperature = self.plan.sampling.temperature
+        self.batch, owners = self.objective.credit(
+            [*samples, *others], [*grades, *self.grader.grade_all(others)], self.policy, self.roles, temperature
+        )
+        self.pending = self._minibatches(owners)
+        stats = describe(*zip(*drawn, strict=True))
+        if self.refills:
+            stats["filled"] = (float(len({one.problem.id for one in samples})), self.plan.problems)
+        return stats, tuple(drawn)
+
+    def _draw(self, *address: int | str) -> list[tuple[Sample, Grade]]:
+        """The policy's answers to the next problems, and their grades."""
         chosen = [self.problems[row] for _, row in self.stream.take(self.plan.problems)]
-        problems = list({problem.id: problem for problem in chosen}.values())
-        samples = self._answers(self.policy, problems)
+        samples = self._answers(self.policy, list({problem.id: problem for problem in chosen}.values()), *address)
         grades = self.grader.grade_all(samples)
         self._check_failures(grades)
-        drawn = tuple(zip(samples, grades, strict=True))
-        others: list[Sample] = []
-        if self.objective.samples_reference:
+        return list(zip(samples, grades, strict=True))
+
+    def _refilled(self, drawn: list[tuple[Sample, Grade]]) -> list[tuple[Sample, Grade]]:
+        """What is learned from: with `refill` the first `problems` whose answers differ in their scores. Adds to `drawn`."""
+        if not self.refills:
+            return drawn
+        kept = mixed(drawn)
+        for turn in range(1, self.refills + 1):
+            if len(kept) >= self.plan.problems:
+                break
+            more = self._draw("refill", turn)
+            drawn += more
+            kept |= {name: pairs for name, pairs in mixed(more).items() if name not in kept}
+        return [pair for _, pairs in zip(range(self.plan.problems), kept.values(), strict=False) for pair in pairs]
+
+    def _others(self, problems: Sequence[Problem]) -> list[Sample]:
+        """Answers that are not drawn from the policy, for those who ask for them."""
+        found: list[Sample] = []
+        if "reference" in self.objective.also_samples:
             assert self.roles.reference is not None
             with self.roles.reference.switch():
-                others = [replace(one, by="reference") for one in self._answers(self.roles.reference.lm, problems, "reference")]
-        samples, grades = [*samples, *others], [*grades, *self.grader.grade_all(others)]
-        temperature = self.plan.sampling.temperature
-        self.batch, owners = self.objective.credit(samples, grades, self.policy, self.roles, temperature)
-        self.pending = self._minibatches(owners)
-        self._mention_constant(grades)
-        return describe(*zip(*drawn, strict=True)), drawn
+                found += [replace(one, by="reference") for one in self._answers(self.roles.reference.lm, problems, "reference")]
+        if "greedy" in self.objective.also_samples:
+            likeliest = self.plan.sampling.model_copy(update={"temperature": 0.0})
+            answers = self._answers(self.policy, problems, "greedy", count=1, sampling=likeliest)
+            found += [replace(one, by="greedy") for one in answers]
+        return found
 
-    def _answers(self, policy: "LM", problems: Sequence[Problem], *address: str) -> list[Sample]:
+    def _answers(
+        self, policy: "LM", problems: Sequence[Problem], *address: int | str, count: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[Sample]:  # fmt: skip
         return sample(
-            self.sampler, policy, self.template, problems, self.plan.per_problem, self.plan.sampling, self.seed,
-            address=("rollout", self.rollout, *address), version=self.updates,
+            self.sampler, policy, self.template, problems, count or self.plan.per_problem, sampling or self.plan.sampling,
+            self.seed, address=("rollout", self.rollout, *address), version=self.updates,
         )  # fmt: skip
 
     def _mention_constant(self, grades: Sequence[Grade]) -> None:
-        """Once a run, where the first rollout has only one reward."""
+        """Of the first rollout, where it has only one reward."""
         scores = {grade.score for grade in grades if grade.score is not None}
-        if self.rollout == 1 and len(scores) == 1 and len(grades) > 1:
+        if len(scores) == 1 and len(grades) > 1:
             self.say(
                 f"every answer of rollout 1 has the same reward, {next(iter(scores)):g}: a constant reward teaches nothing; "
                 "look at the samples and the grader"
@@ -182,6 +222,14 @@ def objective_hint(stats: dict[str, tuple[float, int]]) -> str:
         f"the answers to each problem have equal scores (mean reward {reward / max(1, count):g}) or are the same; "
         "take easier or harder problems, more answers of each (rollout.per_problem), or a grader that tells more apart"
     )
+
+
+def mixed(drawn: Sequence[tuple[Sample, Grade]]) -> dict[str, list[tuple[Sample, Grade]]]:
+    """The answers to each problem, by its id, where their scores differ."""
+    groups: dict[str, list[tuple[Sample, Grade]]] = {}
+    for one, grade in drawn:
+        groups.setdefault(one.problem.id, []).append((one, grade))
+    return {name: pairs for name, pairs in groups.items() if len({grade.score for _, grade in pairs} - {None}) > 1}
 
 
 def describe(samples: Sequence[Sample], grades: Sequence[Grade]) -> dict[str, tuple[float, int]]:
