@@ -232,7 +232,7 @@ def test_the_references_answers_are_drawn_with_the_tuner_off_or_the_earlier_weig
         return whole(samples, *rest)
 
     moved = {name: value.detach().clone() for name, value in run.learners["policy"].parameters.items()}
-    stream.objective = SimpleNamespace(also_samples={"reference"}, refills=0, credit=credit)
+    stream.objective = SimpleNamespace(also_samples={"reference"}, credit=credit)
     next(stream)
     assert all(torch.equal(value, moved[name]) for name, value in run.learners["policy"].parameters.items()), "the policy is back"
     theirs = [one for one in drawn if one.by == "reference"]

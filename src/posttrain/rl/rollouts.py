@@ -3,6 +3,7 @@
 The state that a checkpoint needs is what has been sampled and not yet learned from, and a few counters; every draw is addressed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -235,9 +236,11 @@ def mixed(drawn: Sequence[tuple[Sample, Grade]]) -> dict[str, list[tuple[Sample,
 def describe(samples: Sequence[Sample], grades: Sequence[Grade]) -> dict[str, tuple[float, int]]:
     """(sum, count) of what a person wants to see of a rollout: reward and its parts, length, how many groups teach something."""
     scored = [(one, grade.score) for one, grade in zip(samples, grades, strict=True) if grade.score is not None]
-    groups: dict[str, set[float]] = {}
+    groups: dict[tuple[str, int], set[float]] = {}
+    turns: Counter[tuple[str, int]] = Counter()  # a problem may have been drawn more than once
     for one, score in scored:
-        groups.setdefault(one.problem.id, set()).add(score)
+        turns[one.problem.id, one.index] += 1
+        groups.setdefault((one.problem.id, turns[one.problem.id, one.index]), set()).add(score)
     stats: dict[str, tuple[float, int]] = {
         "reward": (sum(score for _, score in scored), len(scored)),
         "length": (float(sum(len(one.logp) for one in samples)), len(samples)),
