@@ -32,7 +32,7 @@ from posttrain.models.load import Loaded, load
 from posttrain.models.roles import Frozen, Roles
 from posttrain.models.source import ModelSource
 from posttrain.objectives import GRPO, SFT, Objective, PolicyGradient
-from posttrain.objectives.policy_gradient import CISPO, DAPO, GSPO, RLOO, SAPO, VESPO, DrGRPO
+from posttrain.objectives.grpo import CISPO, DAPO, GSPO, RLOO, SAPO, VESPO, DrGRPO
 from posttrain.text import Conversation, Grade, Message, Problem, Sample
 from posttrain.training.fit import count_units, in_pieces
 from posttrain.training.updates import Item, Update

@@ -15,8 +15,8 @@ from posttrain.batch import Rollouts, Sequences
 from posttrain.errors import RunError
 from posttrain.models.roles import Roles
 from posttrain.objectives import GRPO, Objective, PolicyGradient
-from posttrain.objectives.policy_gradient import DAPO, RLOO, Correction, DrGRPO, ReinforcePP, levelled
-from posttrain.sampling import Sampling
+from posttrain.objectives.grpo import DAPO, RLOO, DrGRPO, ReinforcePP
+from posttrain.objectives.policy_gradient import Correction, levelled
 from posttrain.training.fit import fit
 from posttrain.training.settings import TrainSettings
 
@@ -350,8 +350,8 @@ def test_reinforce_pp_takes_the_divergence_of_what_follows_from_each_token(home,
 def test_dr_grpo_divides_by_the_longest_answer_that_may_be_drawn(home, tmp_path):
     stream = prepared(home, tmp_path, "dr_grpo", rollout=rollout(max_tokens=17)).updates.stream
     assert stream.objective.length == 17
-    assert DrGRPO(length=5).planned(Sampling(max_tokens=17)).length == 5
-    assert DAPO().planned(Sampling(max_tokens=17)).length is None
+    assert DrGRPO(length=5).planned(17).length == 5
+    assert DAPO().planned(17).length is None
 
 
 def test_a_share_of_tokens_learns_those_that_were_least_certain(home, tmp_path):

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from posttrain.models.roles import Roles
-    from posttrain.sampling import Sampling
     from posttrain.text import Grade, RenderedRow, Row, Sample
 
 Stats = "dict[str, tuple[Tensor | float, int]]"
@@ -91,8 +90,8 @@ class OnPolicy(Objective):
     def check_rollout(self, problems: int, per_problem: int) -> None:
         """Refuses a plan of rollouts that it cannot learn from. Raises ValueError."""
 
-    def planned(self, sampling: "Sampling") -> Self:
-        """With what it takes from how tokens are drawn."""
+    def planned(self, max_tokens: int) -> Self:
+        """With what it takes from the plan of sampling: the most tokens of an answer."""
         return self
 
     def credit(

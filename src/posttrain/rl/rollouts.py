@@ -71,7 +71,7 @@ class OnPolicyStream:
         grader.prepare(template)
         self.say = say
 
-        self.objective = objective.planned(plan.sampling)
+        self.objective = objective.planned(plan.sampling.max_tokens)
         self.refills = objective.refills if plan.refill is None else plan.refill
         self.problems, self.grader, self.sampler, self.plan = problems, grader, sampler, plan
         self.policy, self.template, self.roles, self.seed = policy, template, roles, seed
