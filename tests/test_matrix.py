@@ -23,6 +23,7 @@ from posttrain.tuners import Tuner
 TUNERS = [Case("full", None), *CASES]
 FIRSTS = list({(each.kind, each.policy): each for each in reversed(EXAMPLES)}.values())[::-1]
 UPDATES = 20
+RAISED = {"wpo": "margin", "cispo": "gain", "vespo": "gain"}
 NOT_ENCODERS = {  # why not
     "adapter parallel": "BertForSequenceClassification has no module for; take pfeiffer",
     **dict.fromkeys(("prefix", "prefix plain"), "an encoder's attention does not ask for keys of ours"),
@@ -68,8 +69,10 @@ def parameters(lm):
 
 
 def measure(example, figures):
-    """What falls: the loss. The weights of wpo follow the policy, and its loss with them; there it is the negative margin."""
-    return -figures["margin"] if example.kind == "wpo" else sum(value for name, value in figures.items() if name.startswith("loss/"))
+    """What falls: the loss. The weights of some follow the policy, and their loss with them; there it is what they raise."""
+    if example.kind in RAISED:
+        return -figures[RAISED[example.kind]]
+    return sum(value for name, value in figures.items() if name.startswith("loss/"))
 
 
 def test_every_objective_and_every_tuner_is_in_the_matrix():

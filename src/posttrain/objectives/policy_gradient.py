@@ -252,11 +252,13 @@ class PolicyGradient(OnPolicy):
 
     def _stats(self, logp: "Tensor", ratio: "Tensor", batch: "Rollouts") -> "dict[str, tuple[Tensor | float, int]]":
         """Of the update as it happens, over the tokens that have an advantage (under a pull or an entropy bonus, over all): the
-        ratio, how much was clipped, the entropy of what was sampled, how far the sampler was from the trainer, the KL so far."""
+        ratio, the advantage that the policy as it is would have, what was clipped, the entropy of what was sampled, how far the
+        sampler was from the trainer, the KL so far."""
         count, sampled = len(logp), batch.sampled_logp
         trainer = logp if batch.old_logp is None else batch.old_logp
         stats: dict[str, tuple[Tensor | float, int]] = {
             "ratio": (ratio.sum(), count),
+            "gain": ((ratio * batch.advantage).sum(), count),
             "entropy": (-sampled.sum(), count),
             "mismatch": ((trainer - sampled).abs().sum(), count),
             "mismatch_kl": (losses.kl_k3(sampled, trainer).sum(), count),
