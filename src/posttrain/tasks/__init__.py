@@ -1,9 +1,11 @@
 """Problems and what grades them. Importing this package registers the kinds of both families."""
 
 from posttrain.tasks.choice import ChoiceGrader, ChoiceTask
+from posttrain.tasks.composed import GatedGrader, WeightedGrader
 from posttrain.tasks.countdown import CountdownGrader
+from posttrain.tasks.form import JsonGrader, OverlongGrader, RegexGrader, RepetitionGrader, ScriptGrader, ThinkGrader
 from posttrain.tasks.grader import ExactGrader, FunctionGrader, Grader
-from posttrain.tasks.learned import JudgeGrader, RewardModelGrader, WeightedGrader
+from posttrain.tasks.learned import JudgeGrader, RewardModelGrader
 from posttrain.tasks.mathematics import MathGrader
 from posttrain.tasks.numeric import EquationsGrader, NumberGrader
 from posttrain.tasks.task import ArithmeticTask, CountdownTask, Gsm8kTask, MathTask, ProblemsTask, Task
@@ -17,14 +19,21 @@ __all__ = [
     "EquationsGrader",
     "ExactGrader",
     "FunctionGrader",
+    "GatedGrader",
     "Grader",
     "Gsm8kTask",
+    "JsonGrader",
     "JudgeGrader",
     "MathGrader",
     "MathTask",
     "NumberGrader",
+    "OverlongGrader",
     "ProblemsTask",
+    "RegexGrader",
+    "RepetitionGrader",
     "RewardModelGrader",
+    "ScriptGrader",
     "Task",
+    "ThinkGrader",
     "WeightedGrader",
 ]

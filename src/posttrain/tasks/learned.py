@@ -1,12 +1,11 @@
-"""Graders that are models: a reward model, and a language model that is asked to judge. And the weighted sum of any graders."""
+"""Graders that are models: a reward model, and a language model that is asked to judge."""
 
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, PositiveInt, PrivateAttr, field_validator
+from pydantic import PositiveInt, PrivateAttr, field_validator
 
-from posttrain.component import Settings
 from posttrain.errors import ModelError
 from posttrain.models.source import ModelSource, refuse_other_tokens
 from posttrain.tasks.grader import Grader, checked, failed
@@ -162,55 +161,3 @@ class JudgeGrader(Grader, kind="judge"):
 
     def grade(self, problem: Problem, text: str) -> Grade:
         return self.grade_all([Sample(problem, 0, (), (), (), "end", text)])[0]
-
-
-class Part(Settings):
-    """One of the graders of a sum."""
-
-    grader: Grader
-    """What grades."""
-    weight: float = 1.0
-    """What its score is multiplied by; negative for a penalty."""
-
-
-class WeightedGrader(Grader, kind="weighted"):
-    """A weighted sum of other graders' scores, each logged as a part of the reward. Where one fails, there is no score."""
-
-    parts: dict[str, Part] = Field(min_length=1)
-    """The graders by name, each with its weight."""
-
-    @property
-    def open_scale(self) -> bool:
-        return True
-
-    def check(self) -> None:
-        for part in self.parts.values():
-            part.grader.check()
-
-    def check_policy(self, policy: ModelSource) -> None:
-        for part in self.parts.values():
-            part.grader.check_policy(policy)
-
-    def prepare(self, template: "Template") -> None:
-        for part in self.parts.values():
-            part.grader.prepare(template)
-
-    def gold_problem(self, problem: Problem) -> str | None:
-        wrong = (part.grader.gold_problem(problem) for part in self.parts.values())
-        return next((each for each in wrong if each), None)
-
-    def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
-        columns = {name: part.grader.grade_all(samples) for name, part in self.parts.items()}
-        return [self._sum({name: grades[row] for name, grades in columns.items()}) for row in range(len(samples))]
-
-    def grade(self, problem: Problem, text: str) -> Grade:
-        return self._sum({name: part.grader.grade(problem, text) for name, part in self.parts.items()})
-
-    def _sum(self, grades: dict[str, Grade]) -> Grade:
-        for name, grade in grades.items():
-            if grade.score is None:
-                return failed(f"{name}: {grade.failure}")
-        scores = {name: grade.score for name, grade in grades.items() if grade.score is not None}
-        inner = {f"{name}/{part}": value for name, grade in grades.items() for part, value in grade.parts.items()}
-        total = sum(self.parts[name].weight * score for name, score in scores.items())
-        return checked(Grade(total, {**scores, **inner}))
