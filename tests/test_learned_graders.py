@@ -16,7 +16,8 @@ from posttrain.pipeline.recipe import Recipe
 from posttrain.pipeline.run import run as run_recipe
 from posttrain.pipeline.stage import Context, references
 from posttrain.rl.rollouts import describe
-from posttrain.tasks.learned import JudgeGrader, RewardModelGrader, WeightedGrader
+from posttrain.tasks.composed import WeightedGrader
+from posttrain.tasks.learned import JudgeGrader, RewardModelGrader
 from posttrain.text import Grade, Message, Problem, Sample
 
 
