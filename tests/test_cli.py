@@ -40,7 +40,7 @@ def model(place):
     return run(place / "tiny.yaml", "stages.rl.steps=1", root=place / "runs").model("sft")
 
 
-@pytest.mark.parametrize("command", ["run", "train", "data", "eval", "sample", "chat", "delta", "report", "kinds", "init"])
+@pytest.mark.parametrize("command", ["run", "train", "data", "eval", "audit", "sample", "chat", "delta", "report", "kinds", "init"])
 def test_every_command_helps_with_an_example(posttrain, command):
     status, out, _ = posttrain(command, "--help")
     assert status == 0

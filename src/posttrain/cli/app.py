@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from posttrain.cli import chat, compress, data, delta, evaluate, export, init, kinds, merge, report, run, sample
+from posttrain.cli import audit, chat, compress, data, delta, evaluate, export, init, kinds, merge, report, run, sample
 
 app = typer.Typer(
     name="posttrain",
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": run.train,
     "data": data.data,
     "eval": evaluate.evaluate,
+    "audit": audit.audit,
     "sample": sample.sample,
     "chat": chat.chat,
     "delta": delta.delta,
