@@ -168,9 +168,18 @@ def test_the_long_product_of_a_whole_answer_does_not_overflow():
     seqs = answers(400)
     version = torch.zeros(1, dtype=torch.long)
     batch = Rollouts(seqs, sampled_logp=torch.full((400,), -9.0, dtype=F64), advantage=-torch.ones(400, dtype=F64), version=version)
-    loss = GRPO(ratio="sequence_product").loss(policy, batch)
-    assert math.isfinite(float(loss.terms["policy"]))
-    assert math.isfinite(float(loss.stats["mismatch_kl"][0]))
+    away = Rollouts(seqs, batch.sampled_logp, batch.advantage, version, ref_logp=batch.sampled_logp)
+    for objective in (GRPO(ratio="sequence_product"), GRPO(ratio="sequence_product", kl=0.1, kl_as="weighted")):
+        loss = objective.loss(policy, away)
+        assert math.isfinite(float(loss.terms["policy"]))
+        assert all(math.isfinite(float(total)) for name, (total, _) in loss.stats.items() if name != "kl"), loss.stats
+
+
+def test_scores_that_are_all_alike_are_not_blown_up_where_the_batch_divides():
+    objective, seqs = GRPO(baseline="none", scale="batch"), answers(1, 1)
+    for scores in ([3.0, 3.0], [3.0, 1.0]):
+        good = objective._advantages(tensor(scores), tensor([0, 1]), seqs, torch.zeros(2), None)
+        assert good.abs().max() < 4
 
 
 # ---- expectations by enumeration

@@ -166,7 +166,8 @@ class PolicyGradient(OnPolicy):
         if self.baseline in {"group", "leave_one_out"}:
             good = losses.group_advantages(scores, groups, self.scale, leave_one_out=self.baseline == "leave_one_out")
         else:
-            good = scores / (scores.std() + 1e-4) if self.scale == "batch" and seqs.count > 1 else scores
+            alike = seqs.count < 2 or bool((scores == scores[0]).all())  # nothing to divide by
+            good = scores if self.scale != "batch" or alike else scores / (scores.std() + 1e-4)
         advantage = good[seqs.owner]
         if pull is not None and self.kl_as == "reward":
             advantage = advantage - losses.to_go(pull, seqs.owner)
@@ -204,7 +205,7 @@ class PolicyGradient(OnPolicy):
             if pulled:
                 assert batch.ref_logp is not None
                 away = losses.kl_k3(logp, batch.ref_logp[part])
-                value = value + self.kl * (away * log_ratio.exp() if self.kl_as == "weighted" else away)
+                value = value + self.kl * (away * ratio_of(log_ratio) if self.kl_as == "weighted" else away)
             return value / size[part]
 
         if self.level == "token":
@@ -218,7 +219,7 @@ class PolicyGradient(OnPolicy):
         if self.entropy:
             spread = entropies(policy, seqs, batch.temperature)
             terms["entropy"] = -self.entropy * (spread if batch.learns is None else spread * batch.learns).sum()
-        return Loss(terms, self._stats(logp.detach(), log_ratio.detach().exp(), batch))
+        return Loss(terms, self._stats(logp.detach(), ratio_of(log_ratio.detach()), batch))
 
     @property
     def level(self) -> Level:
@@ -280,6 +281,13 @@ def levelled(log_ratio: "Tensor", level: Level, seqs: "Sequences") -> "Tensor":
         return log_ratio
     over = losses.sequence_sums if level == "sequence_product" else losses.sequence_means
     return over(log_ratio, seqs.owner, seqs.count)[seqs.owner]
+
+
+def ratio_of(log_ratio: "Tensor") -> "Tensor":
+    """exp, within what still says something: the product over a long answer overflows."""
+    from posttrain.losses.policy_gradient import LARGEST_LOG_RATIO
+
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
 
 
 def entropies(policy: "LM", seqs: "Sequences", temperature: float) -> "Tensor":
