@@ -79,6 +79,10 @@ class Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         self.targets = set(below_head(model))
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for each in model.parameters():  # one view of the mapped file would keep all of its pages in memory
+            each.data = each.data.clone()
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **more: Any) -> bool:
         path, _, name = param_name.rpartition(".")
         return name == "weight" and path in self.targets

@@ -130,10 +130,14 @@ def _put_in(
 
 def inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], name: str) -> None:
     """Any adapter that peft puts into layers, beside those that are there. Raises ModelError where it does not fit."""
-    from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+
+    from posttrain.tuners.low_rank import take_for
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode, config.task_type = False, task_of(model)
+    if isinstance(config, LoraConfig):
+        take_for(config)
     for only in ("lora_bias", "alora_invocation_tokens", "trainable_token_indices"):
         if getattr(config, only, None):
             raise ModelError(f"its {only} is something that peft alone computes; merge the adapter with peft first")

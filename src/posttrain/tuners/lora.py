@@ -89,16 +89,19 @@ class LoRA(Injected, kind="lora"):
         from peft import LoraConfig
 
         from posttrain.models.heads import head_parts
+        from posttrain.tuners.low_rank import take_for
 
         self._check_targets(model)
         names = {name for path in linears(model) for name in path.split(".")}
         elsewhere = [rf".*{name}.*" for name in sorted(names) if any(one in name for one in OTHER_SENSES)]
         elsewhere += [rf"{re.escape(path)}(\..*)?" for path in head_parts(model)]
-        return LoraConfig(
+        config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, use_rslora=self.rslora, use_dora=self.dora,
             init_lora_weights=BEGINNINGS[self.init], task_type=task_of(model),
             exclude_modules="|".join(elsewhere) or None,
         )  # fmt: skip
+        take_for(config)
+        return config
 
     def install(self, model: "PreTrainedModel") -> None:
         if self.dora:
