@@ -38,6 +38,7 @@ def test_kl_estimators_have_the_bias_the_spread_and_the_gradients_of_the_table(t
     assert quick(t19, tmp_path)["held"]
 
 
+@pytest.mark.slow  # quick forms of what `make claims` runs
 def test_every_training_climbs_and_none_passes_the_frontier(tmp_path):
     found = quick(t1, tmp_path)
     numbers = found["numbers"]
@@ -47,6 +48,7 @@ def test_every_training_climbs_and_none_passes_the_frontier(tmp_path):
         assert numbers[f"{method} beta 0.5 reward"]["value"] > numbers["reward of the reference"]["value"]
 
 
+@pytest.mark.slow  # quick forms of what `make claims` runs
 def test_best_of_n_keeps_to_its_bound_and_few_comparisons_lead_astray(tmp_path):
     found = quick(t16, tmp_path)
     checks = found["checks"]

@@ -220,7 +220,7 @@ def test_a_finished_run_is_reused_and_its_files_are_not_touched(tmp_path: Path) 
 # ---- killed from outside
 
 
-@pytest.mark.parametrize("case", ["sft-full", "grpo-reused-lora"])
+@pytest.mark.parametrize("case", [pytest.param("sft-full", marks=pytest.mark.slow), "grpo-reused-lora"])
 def test_twenty_kills_at_random_moments_change_nothing(case: str, nursery: Nursery, tmp_path: Path) -> None:
     """Some while it loads, most while it trains and saves; each run begins where the last checkpoint is."""
     objective, tuner, changes = CASES[case]

@@ -26,6 +26,8 @@ FILES = {
     "hh_harmless_test.jsonl.gz": ("preference", 250),
     "hh_helpful_train.jsonl.gz": ("preference", 1_713),
     "hh_helpful_test.jsonl.gz": ("preference", 258),
+    "ifeval_half.jsonl": ("problem", 271),
+    "mbpp_train.jsonl.gz": ("problem", 474),
     "reviews_train.jsonl.gz": (WORDED, 5_637),
     "reviews_test.jsonl.gz": (WORDED, 1_083),
     "sentiment_train.jsonl.gz": (WORDED, 7_509),
@@ -135,7 +137,7 @@ def test_the_makers_write_the_same_bytes_each_time(tmp_path):
         rlhf_sentiment_data.main(*(str(tmp_path / name) for name in ("train", "test", "reviews", folder)))
         arith_steps_data.main(tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == sorted(name for name in FILES if not name.startswith(("hh_", "commonsense_")))
+    assert names == sorted(name for name in FILES if not name.startswith(("hh_", "commonsense_", "ifeval_", "mbpp_")))
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
         if name.endswith(".gz"):

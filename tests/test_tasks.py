@@ -11,7 +11,7 @@ from posttrain.errors import DataError
 from posttrain.tasks import Task
 from posttrain.text import Grade, Message, Problem
 
-KINDS = ["arithmetic", "choice", "countdown", "gsm8k", "math", "problems"]
+KINDS = ["arithmetic", "choice", "code", "countdown", "gsm8k", "ifeval", "math", "problems"]
 
 
 def task(**settings: Any) -> Task:
@@ -34,7 +34,7 @@ def failure(made: Task) -> str:
     return str(error.value)
 
 
-def test_the_six_kinds_are_there() -> None:
+def test_the_kinds_are_there() -> None:
     assert sorted(Task.kinds) == KINDS
 
 

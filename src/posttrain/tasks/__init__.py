@@ -1,10 +1,12 @@
 """Problems and what grades them. Importing this package registers the kinds of both families."""
 
 from posttrain.tasks.choice import ChoiceGrader, ChoiceTask
+from posttrain.tasks.code import CodeGrader, CodeTask
 from posttrain.tasks.composed import GatedGrader, WeightedGrader
 from posttrain.tasks.countdown import CountdownGrader
 from posttrain.tasks.form import JsonGrader, OverlongGrader, RegexGrader, RepetitionGrader, ScriptGrader, ThinkGrader
 from posttrain.tasks.grader import ExactGrader, FunctionGrader, Grader
+from posttrain.tasks.ifeval import IfevalTask, InstructionsGrader
 from posttrain.tasks.learned import JudgeGrader, RewardModelGrader
 from posttrain.tasks.mathematics import MathGrader
 from posttrain.tasks.numeric import EquationsGrader, NumberGrader
@@ -14,6 +16,8 @@ __all__ = [
     "ArithmeticTask",
     "ChoiceGrader",
     "ChoiceTask",
+    "CodeGrader",
+    "CodeTask",
     "CountdownGrader",
     "CountdownTask",
     "EquationsGrader",
@@ -22,6 +26,8 @@ __all__ = [
     "GatedGrader",
     "Grader",
     "Gsm8kTask",
+    "IfevalTask",
+    "InstructionsGrader",
     "JsonGrader",
     "JudgeGrader",
     "MathGrader",

@@ -1,0 +1,252 @@
+"""Programs as answers: the problem's tests decide, in a sandbox that the verdict does not come from.
+
+A program sees the arguments of calls on it, or a text on its standard input; what it should give back stays outside.
+"""
+
+import ast
+import builtins
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from posttrain.data.source import Source
+from posttrain.tasks.grader import Grader
+from posttrain.tasks.sandbox import Bubblewrap, Sandbox, SandboxLost
+from posttrain.tasks.task import Task, shipped
+from posttrain.text import Grade, Problem, Sample
+
+GRACE = 2.0  # seconds that the tests have after the program's time is up, to say so
+_FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+
+
+def program_in(text: str) -> str:
+    """The last fenced block of an answer, else all of it; a thinking block is not searched."""
+    text = text.rpartition("</think>")[2]
+    blocks = _FENCED.findall(text)
+    return str(blocks[-1]) if blocks else text
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Why each test is not passed, None where it is; and how the program ended where it did not live to the end of them."""
+
+    why: Sequence[str | None]
+    ended: str | None = None
+
+    @property
+    def share(self) -> float:
+        return sum(each is None for each in self.why) / len(self.why)
+
+
+class CodeGrader(Grader, kind="code"):
+    """1 where the program in the answer (its last fenced block, else all of it) passes all of the problem's tests.
+
+    The problem's column `tests` is a list of one form: `assert f(1) == 2` (run in a process apart, after the column `setup`, on
+    the program's functions by message), `{call: f, args: [1], expected: 2}` (value and type are compared, a tuple is a list), or
+    `{input: "1", output: "2"}` (a whole program; white space at the ends of lines aside). A program that takes too long, ends
+    early or says too much has not passed. arXiv 2107.03374, 2108.07732.
+    """
+
+    sandbox: Sandbox = Field(default_factory=Bubblewrap)
+    """Where programs run, and what they may take."""
+    score: Literal["all", "share"] = "all"
+    """all: 1 or 0. share: of the tests that are passed."""
+    workers: PositiveInt | None = None
+    """Programs that run at a time; by default as many as there are cores."""
+
+    def check(self) -> None:
+        self.sandbox.check()
+
+    def gold_problem(self, problem: Problem) -> str | None:
+        tests, setup = problem.facts.get("tests"), problem.facts.get("setup") or ""
+        if not isinstance(tests, list) or not tests:
+            return "its column `tests` is not a list of tests"
+        if not isinstance(setup, str):
+            return "its column `setup` is not text"
+        forms = {form_of(test) for test in tests}
+        if len(forms) > 1:
+            return "its tests are of different forms (assert, call, input and output)"
+        if None in forms:
+            return f"{json.dumps(next(test for test in tests if form_of(test) is None), default=str)[:80]} is no test"
+        try:
+            for text in (setup, *(tests if forms == {"assert"} else ())):
+                ast.parse(text)
+        except (SyntaxError, ValueError) as error:
+            return f"one of its tests is no Python: {error}"
+        return None
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        found = self.verdicts(problem, program_in(text))
+        parts = {"passed": found.share, "ended_early": float(found.ended is not None)}
+        return Grade(float(found.share == 1) if self.score == "all" else found.share, parts)
+
+    def verdicts(self, problem: Problem, program: str) -> Verdicts:
+        """What the problem's tests say of a program. Raises SandboxFailed where none could be run."""
+        tests, setup = problem.facts["tests"], problem.facts.get("setup") or ""
+        with _slot() as slot:
+            if form_of(tests[0]) == "output":
+                return _by_output(self.sandbox, program, tests, slot)
+            return _by_messages(self.sandbox, program, setup, tests, slot)
+
+    def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
+        with ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:
+            return list(pool.map(lambda sample: self._guarded(sample.problem, sample.text), samples))
+
+
+class CodeTask(Task, kind="code"):
+    """Python programs that must pass tests (arXiv 2108.07732); by default the 474 problems of MBPP that come with the package."""
+
+    source: Source = Field(default_factory=shipped("mbpp_train.jsonl.gz"))
+    grader: Grader = Field(default_factory=CodeGrader)
+
+
+def form_of(test: Any) -> Literal["assert", "call", "output"] | None:
+    if isinstance(test, str) and test.strip():
+        return "assert"
+    if isinstance(test, Mapping) and set(test) == {"call", "args", "expected"} and isinstance(test["args"], list):
+        return "call"
+    whole = isinstance(test, Mapping) and set(test) == {"input", "output"}
+    return "output" if whole and all(isinstance(each, str) for each in test.values()) else None
+
+
+def _by_messages(sandbox: Sandbox, program: str, setup: str, tests: Sequence[Any], slot: int) -> Verdicts:
+    """The tests run in a sandbox of their own, and ask the program in the other one."""
+    with _Program(sandbox, program, slot) as running:
+        judge = sandbox.start("judge", 2 * slot + 1)
+        judge.deadline += GRACE
+        try:
+            free = [freed(test, setup) if isinstance(test, str) else None for test in tests]
+            libraries = used_exports([setup, *(test for test in tests if isinstance(test, str))])
+            about = {"names": running.names, "setup": setup, "tests": list(tests), "free": free, "libraries": libraries}
+            judge.send(about)
+            while True:
+                message = json.loads(judge.line())
+                if "verdicts" in message:
+                    return Verdicts([running.why or each for each in message["verdicts"]], running.ended)
+                judge.send(running.asked(message))
+        except SandboxLost as error:  # what the program gave back was too much for the tests
+            return Verdicts([running.why or f"the tests: {error}"] * len(tests), running.ended)
+        finally:
+            judge.end()
+
+
+def freed(test: str, setup: str) -> str | None:
+    """A name of Python's own that a test asks the program to define: it calls nothing else and reads no other name.
+
+    `assert sum(10, 15) == 25` asks for a `sum`. In `assert f(2) == set([3])`, `set` is Python's whatever the program defines.
+    """
+    nodes = list(ast.walk(ast.parse(test)))
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    known = set(dir(builtins)) | set(sys.stdlib_module_names) | set(exports())
+    plain = bool(calls) and all(isinstance(each, ast.Name) for each in calls)
+    first = calls[0].id if plain and isinstance(calls[0], ast.Name) else None
+    return first if names <= known and not setup.strip() else None
+
+
+def used_exports(tests: Sequence[str]) -> dict[str, str]:
+    """{name in the tests: library of Python's that has it}, for names that a test would import if it were careful."""
+    names = {node.id for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+    return {name: exports()[name] for name in names & set(exports())}
+
+
+@cache
+def exports() -> dict[str, str]:
+    """{name: library}, of the libraries from which programs import by name."""
+    libraries = ("math", "cmath", "collections", "statistics", "itertools", "functools", "operator", "copy", "heapq", "bisect")
+    return {name: library for library in libraries for name in dir(import_module(library)) if not name.startswith("_")}
+
+
+def _by_output(sandbox: Sandbox, program: str, tests: Sequence[Mapping[str, str]], slot: int) -> Verdicts:
+    why: list[str | None] = []
+    ended = None
+    for test in tests:
+        running = sandbox.start("guest", 2 * slot)
+        try:
+            running.send({"code": program, "input": test["input"]})
+            written = running.everything().decode(errors="replace")
+            why.append(None if _lines(written) == _lines(test["output"]) else f"writes {written[:200]!r}")
+        except SandboxLost as error:
+            ended = str(error)
+            why.append(ended)
+        finally:
+            running.end()
+    return Verdicts(why, ended)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+class _Program:
+    """A program that has been read in a sandbox, and is asked things."""
+
+    def __init__(self, sandbox: Sandbox, program: str, slot: int) -> None:
+        self.running = sandbox.start("guest", 2 * slot)
+        self.why: str | None = None  # it cannot be asked
+        self.ended: str | None = None
+        self.names: list[str] = []
+        found = self._said({"code": program})
+        names = found.get("names")
+        if isinstance(names, list) and all(isinstance(each, str) for each in names):
+            self.names = names
+        else:
+            self.why = self.ended or f"it does not run: {str(found.get('raised'))[:300]}"
+
+    def __enter__(self) -> "_Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.running.end()
+
+    def asked(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """{"value": ...}, with "arguments" that were changed in place; {"raised": [kind, what it says]}; {"gone": why}."""
+        if self.ended is not None:
+            return {"gone": self.ended}
+        found = self._said(question)
+        if self.ended is not None:
+            return {"gone": self.ended}
+        return {key: found[key] for key in ("value", "raised", "arguments") if key in found}  # the rest is ours to say
+
+    def _said(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            self.running.send(message)
+            found = json.loads(self.running.line(), parse_constant=_refused)
+        except SandboxLost as error:
+            self.ended = str(error)
+            return {}
+        except (ValueError, RecursionError):
+            return {"raised": ["RuntimeError", "it writes what is no answer"]}
+        return found if isinstance(found, dict) else {"raised": ["RuntimeError", "it writes what is no answer"]}
+
+
+def _refused(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_lock = threading.Lock()
+_taken: set[int] = set()
+
+
+@contextmanager
+def _slot() -> Iterator[int]:
+    """A number that no other program that runs has."""
+    with _lock:
+        number = next(each for each in range(len(_taken) + 1) if each not in _taken)
+        _taken.add(number)
+    try:
+        yield number
+    finally:
+        with _lock:
+            _taken.remove(number)

@@ -1,0 +1,171 @@
+"""Runs inside of a sandbox of its own: the tests, which call the program in the other one by message.
+
+The tests are the data set's and say the truth about a program, so the program must not reach them: it sees the arguments of
+calls, one call at a time, and what it gives back arrives as plain data. Its objects are compared by identity alone.
+"""
+
+from __future__ import annotations
+
+import builtins
+import resource
+import sys
+
+from posttrain.tasks.sandbox.wire import dumped, packed, parsed, unpacked
+
+TYPE_CHECKING = False  # typing takes as long to import as all the rest
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+channel = sys.stdout
+ENDINGS = (StopIteration, StopAsyncIteration, UnicodeError)  # that would end a loop of the tests; that take more than a text
+
+
+class Gone(BaseException):
+    """The program has ended, or says nothing any more. No test is passed from then on, whatever it catches."""
+
+
+def ask(**question: Any) -> dict[str, Any]:
+    say(question)
+    found: dict[str, Any] = parsed(sys.stdin.readline())
+    if "gone" in found:
+        gone.append(found["gone"])
+        raise Gone(found["gone"])
+    if "raised" in found:
+        kind, said = found["raised"]
+        known = getattr(builtins, str(kind), None)
+        proper = isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, ENDINGS)
+        raise (known if proper else RuntimeError)(said)  # type: ignore[misc]
+    return found
+
+
+def say(message: dict[str, Any]) -> None:
+    channel.write(dumped(message) + "\n")
+    channel.flush()
+
+
+class Remote:
+    """Something in the program's process, by its number there."""
+
+    __slots__ = ("_number",)
+    _number: int
+
+    def __init__(self, number: int) -> None:
+        object.__setattr__(self, "_number", number)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        found = ask(do="call", arguments=packed(list(arguments), sent), named=packed(named, sent), kept=self._number)
+        for given, now in zip(arguments, received(found.get("arguments", [])), strict=False):  # changed in place by the program
+            if isinstance(given, list):
+                given[:] = now
+            elif isinstance(given, dict | set):
+                given.clear()
+                given.update(now)
+        return received(found["value"])
+
+    def __getattr__(self, name: str) -> Any:
+        return received(ask(do="get", attribute=name, kept=self._number)["value"])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        ask(do="set", attribute=name, value=packed(value, sent), kept=self._number)
+
+    def __getitem__(self, key: Any) -> Any:
+        return received(ask(do="item", key=packed(key, sent), kept=self._number)["value"])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(received(ask(do="items", kept=self._number)["value"]))
+
+    def __len__(self) -> int:
+        return int(ask(do="length", kept=self._number)["value"])
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return str(ask(do="text", kept=self._number)["value"])
+
+
+remotes: dict[int, Remote] = {}
+gone: list[str] = []
+
+
+def received(found: Any) -> Any:
+    return unpacked(found, lambda number: remotes.setdefault(number, Remote(number)))
+
+
+def sent(value: Any) -> int:
+    """The number of something of the program's. Raises TypeError for what is the tests' own and cannot cross."""
+    if isinstance(value, Remote):
+        return value._number
+    raise TypeError(f"a {type(value).__name__} of the tests cannot be handed to the program, which runs in another process")
+
+
+class Names(dict):
+    """What the tests see: their own names, then the program's. What Python has stays Python's but for `free`, by test."""
+
+    def __init__(self, names: list[str], libraries: dict[str, str]) -> None:
+        super().__init__(__name__="tests", __builtins__=builtins)
+        self.names, self.libraries = set(names), libraries
+        self.free: str | None = None
+
+    def __missing__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        if name == self.free:
+            return received(ask(do="read", name=name)["value"])
+        if hasattr(builtins, name):
+            raise KeyError(name)
+        if name in sys.stdlib_module_names:
+            self[name] = __import__(name)
+        elif name in self.libraries:
+            self[name] = getattr(__import__(self.libraries[name]), name)
+        else:
+            self[name] = received(ask(do="read", name=name)["value"])
+        return self[name]
+
+
+def run(test: Any, space: Names) -> None:
+    """Raises where a test is not passed."""
+    if isinstance(test, str):
+        exec(compile(test, "<test>", "exec"), space, space)
+        return
+    space.free = test["call"]
+    given = space[test["call"]](*test["args"])
+    if not same(given, test["expected"]):
+        raise AssertionError(f"{given!r:.200}")
+
+
+def same(given: Any, expected: Any) -> bool:
+    """Whether a value is what JSON says it should be, of the same type all through; a tuple is a list."""
+    if isinstance(expected, list):
+        return isinstance(given, list | tuple) and len(given) == len(expected) and all(map(same, given, expected))
+    if isinstance(expected, dict):
+        return isinstance(given, dict) and set(given) == set(expected) and all(same(given[key], expected[key]) for key in given)
+    return type(given) is type(expected) and bool(given == expected)
+
+
+def outcome(test: Any, space: Names, free: str | None = None) -> str | None:
+    """None where a test is passed, else why not."""
+    space.free = free
+    try:
+        run(test, space)
+    except BaseException as error:
+        return gone[0] if gone else f"{type(error).__name__}: {error}"[:300]
+    return gone[0] if gone else None
+
+
+def main() -> None:
+    sys.stdout = sys.stderr  # where tests print
+    for name, most in zip(("AS", "NPROC", "FSIZE", "CPU"), sys.argv[1:], strict=True):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (int(most), int(most)))
+    channel.write("ready\n")
+    channel.flush()
+    begin = parsed(sys.stdin.readline())
+    space = Names(begin["names"], begin["libraries"])
+    wrong = outcome(begin["setup"], space)
+    tests = zip(begin["tests"], begin["free"], strict=True)
+    say({"verdicts": [outcome(test, space, free) if wrong is None else wrong for test, free in tests]})
+
+
+if __name__ == "__main__":
+    main()
