@@ -44,7 +44,7 @@ class InstructionsGrader(Grader, kind="instructions"):
         return Grade(min(followed) if self.score == "all" else sum(followed) / len(followed), parts)
 
     def _readings(self, text: str) -> list[str]:
-        """The text, and where not strict the eight of the paper's section 2.2."""
+        """The text, and where not strict the paper's eight."""
         if self.strict:
             return [text]
         lines = text.split("\n")

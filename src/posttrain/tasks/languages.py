@@ -63,7 +63,8 @@ COMMON = {
 }  # fmt: skip
 """The commonest words of the languages that share a script."""
 LETTERS = {
-    "vi": "ơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ", "pl": "ąęłśźż", "uk": "іїєґ", "ru": "ыэё", "ur": "ٹڈڑںے", "ar": "ةى",
+    "vi": "ơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ", "pl": "ąęłśźż",
+    "uk": "іїєґ", "ru": "ыэё", "ur": "ٹڈڑںے", "ar": "ةى",
 }  # fmt: skip
 """Letters that of the languages of their script only one has; a word with one of them counts as one of its commonest."""
 ALONE = {

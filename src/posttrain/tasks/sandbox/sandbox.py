@@ -85,17 +85,16 @@ class Running:
         return b"".join(self._pieces(until=None))
 
     def end(self) -> None:
-        """Whatever it does. A script that nobody asks anything ends by itself; what does not is killed from within outwards, so
-        that each is waited for by its parent: not every machine has an init that would do it."""
+        """Whatever it does, from within outwards, so that each process is waited for by its parent: not every machine has an
+        init that would do it."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
-        if not self._over(0.1 if time.monotonic() < self.deadline else 0.0):
-            children = _children(self.process.pid)
-            for child in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-            self._over(1.0 if children else 0.0)
+        children = _children(self.process.pid)
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        self._over(1.0 if children else 0.0)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
