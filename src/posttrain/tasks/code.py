@@ -135,7 +135,7 @@ def _by_messages(sandbox: Sandbox, program: str, setup: str, tests: Sequence[Any
                 if "verdicts" in message:
                     return Verdicts([running.why or each for each in message["verdicts"]], running.ended)
                 judge.send(running.asked(message))
-        except SandboxLost as error:  # what the program gave back was too much for the tests
+        except (SandboxLost, RecursionError) as error:  # what the program gave back was too much for the tests
             return Verdicts([running.why or f"the tests: {error}"] * len(tests), running.ended)
         finally:
             judge.end()
