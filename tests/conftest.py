@@ -1,6 +1,7 @@
 """What holds in every test."""
 
 import os
+import zlib
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def one_thread():
 def isolated():
     """A sandbox that isolates. Skips by name where the machine has none, unless that is forbidden, as it is in CI."""
     from posttrain.errors import RecipeError
-    from posttrain.tasks.sandbox import Bubblewrap
+    from posttrain.sandbox import Bubblewrap
 
     sandbox = Bubblewrap(seconds=5)
     try:
@@ -29,3 +30,38 @@ def isolated():
             raise
         pytest.skip(f"bubblewrap: {error}")
     return sandbox
+
+
+# Grids of which `make test` takes every second, third or fourth case, by a hash of its name; `make test-all` takes them whole.
+GRIDS = {
+    "test_mutants.py::test_a_breakage_makes_its_named_test_fail": 3,
+    "test_resume.py::test_a_run_stopped_after_any_step_ends_where_the_unbroken_run_ends": 2,
+    "test_resume.py::test_a_kill_at_any_point_of_a_save_changes_nothing": 2,
+    "test_resume.py::test_a_full_disk_at_any_point_of_a_save_ends_the_run_plainly_and_loses_nothing": 2,
+    "test_properties.py::test_splitting_a_batch_does_not_change_the_gradient_or_the_figures": 3,
+    "test_properties.py::test_two_updates_a_resume_and_two_more_are_four_updates_bit_for_bit": 2,
+    "test_properties.py::test_the_order_of_the_rows_does_not_matter": 2,
+    "test_properties.py::test_frozen_means_frozen_and_the_optimizer_holds_nothing_else": 2,
+    "test_matrix.py::test_the_loss_falls_and_the_tuner_alone_moves": 2,
+    "test_preference_objectives.py::test_at_the_start_every_margin_is_zero_and_the_loss_is_its_closed_form": 2,
+    "test_tuners.py::test_1_at_the_start_it_changes_what_it_promises_to": 2,
+    "test_tuners.py::test_2_it_trains_as_many_parameters_as_its_formula_says": 2,
+    "test_tuners.py::test_3_nothing_else_moves_and_everything_tuned_gets_a_gradient": 2,
+    "test_tuners.py::test_4_what_is_stored_alone_makes_the_same_model_again": 2,
+    "test_tuners.py::test_5_merged_it_says_the_same_or_it_says_that_it_cannot_merge": 2,
+    "test_tuners.py::test_6_and_7_switched_off_it_is_the_base_and_two_of_them_can_take_turns": 2,
+    "test_tuners.py::test_8_checkpointed_layers_give_the_same_gradients_through_frozen_embeddings": 3,
+    "test_tuners.py::test_what_is_sampled_has_the_probabilities_that_training_gives_it": 2,
+    "test_sampling.py::test_a_prompt_that_is_kept_once_for_all_its_rows_gives_what_copies_of_it_give": 2,
+    "test_tuned_stages.py::test_a_stage_goes_on_from_an_adapter_and_leaves_one_on_top_of_it": 2,
+    "test_tuned_stages.py::test_a_stage_leaves_the_model_that_it_trained": 2,
+    "test_online.py::test_pairs_that_wait_are_taken_up_again_bit_for_bit": 2,
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        every = GRIDS.get(f"{item.path.name}::{item.originalname}", 1)
+        if zlib.crc32(item.callspec.id.encode() if every > 1 else b"") % every:
+            item.add_marker(pytest.mark.slow)

@@ -8,10 +8,10 @@ from pydantic import ValidationError
 
 from posttrain.component import Component
 from posttrain.errors import RecipeError
+from posttrain.sandbox import Bubblewrap, NoSandbox, Sandbox
+from posttrain.sandbox.judge import same
 from posttrain.tasks import CodeGrader, CodeTask
 from posttrain.tasks.code import form_of, freed, program_in
-from posttrain.tasks.sandbox import Bubblewrap, NoSandbox, Sandbox
-from posttrain.tasks.sandbox.judge import same
 from posttrain.text import Message, Problem, Sample
 
 TRUSTING = NoSandbox(i_trust_this_code=True)
@@ -211,7 +211,7 @@ def test_running_without_isolation_must_be_asked_for_by_name():
 
 
 def test_a_machine_that_cannot_isolate_is_refused_before_anything_runs(monkeypatch, tmp_path):
-    from posttrain.tasks.sandbox import sandbox as module
+    from posttrain.sandbox import sandbox as module
 
     module._what_is_missing.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))

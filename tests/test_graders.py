@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from posttrain.expressions import expression
 from posttrain.paths import ASSETS
 from posttrain.tasks import (
     ChoiceGrader,
@@ -26,7 +27,6 @@ from posttrain.tasks import (
     MathGrader,
     NumberGrader,
 )
-from posttrain.tasks.countdown import expression
 from posttrain.tasks.grader import checked
 from posttrain.tasks.mathematics import _worker
 from posttrain.tasks.worker import Worker, WorkerLost, WorkerMissing

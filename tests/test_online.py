@@ -133,7 +133,7 @@ def graded_by(run, scores):
             run.asked.append(stream.rollout)
         return [Grade(float(scores(stream.rollout, row))) for row in range(len(samples))]
 
-    stream.grader = SimpleNamespace(grade_all=grade_all, prepare=lambda _: None)
+    stream.grader = SimpleNamespace(grades=grade_all, prepare=lambda _: None)
 
 
 @pytest.mark.parametrize("first", [1, 2, 10])

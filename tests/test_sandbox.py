@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.sandbox import seccomp
 from posttrain.tasks import CodeGrader
-from posttrain.tasks.sandbox import seccomp
 from posttrain.text import Message, Problem
 from tests.attacks import ATTACKS, HONEST, WRONG, hidden
 
@@ -110,7 +110,7 @@ def test_a_whole_program_is_held_too(isolated):
 def test_no_program_outlives_a_harness_that_is_killed(isolated):
     marked = 517  # MB: by this limit its processes are known
     code = (
-        "from posttrain.tasks import CodeGrader; from posttrain.tasks.sandbox import Bubblewrap; from posttrain.text import *\n"
+        "from posttrain.tasks import CodeGrader; from posttrain.sandbox import Bubblewrap; from posttrain.text import *\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from tests.attacks import ATTACKS\n"
         f"grader = CodeGrader(sandbox=Bubblewrap(seconds=60, memory={marked}))\n"
@@ -152,7 +152,7 @@ def test_it_holds_for_a_user_who_is_not_root(isolated):
     if not python.exists() or os.path.realpath(python)[-4:] != f"{sys.version_info[0]}.{sys.version_info[1]}":
         pytest.skip("needs the system's Python in this version, which another user can read")
     code = (
-        "import os; from posttrain.tasks.sandbox import Bubblewrap; from tests.test_sandbox import *\n"
+        "import os; from posttrain.sandbox import Bubblewrap; from tests.test_sandbox import *\n"
         "assert os.geteuid() == 65534; sandbox = Bubblewrap(seconds=3); sandbox.check()\n"
         "chosen = [a for a in ATTACKS if any(word in a.name for word in ('process', 'fork', 'thread', 'socket', 'kernel', 'passwd'))]\n"
         "assert len(chosen) > 5\n"
@@ -204,7 +204,7 @@ def test_the_filter_refuses_what_it_names_and_lets_the_rest_pass(machine):
 
 
 def test_a_machine_without_a_filter_is_named(monkeypatch):
-    from posttrain.tasks.sandbox import sandbox as module
+    from posttrain.sandbox import sandbox as module
 
     module._what_is_missing.cache_clear()
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
@@ -215,7 +215,7 @@ def test_a_machine_without_a_filter_is_named(monkeypatch):
 
 @pytest.mark.parametrize("where", ["socket", "unshare"])
 def test_a_sandbox_that_lets_something_through_is_refused(where, isolated, monkeypatch):
-    from posttrain.tasks.sandbox import sandbox as module
+    from posttrain.sandbox import sandbox as module
 
     module._what_is_missing.cache_clear()
     monkeypatch.setitem(seccomp.REFUSED, where, (None, None))

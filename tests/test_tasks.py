@@ -11,7 +11,7 @@ from posttrain.errors import DataError
 from posttrain.tasks import Task
 from posttrain.text import Grade, Message, Problem
 
-KINDS = ["arithmetic", "choice", "code", "countdown", "gsm8k", "ifeval", "math", "problems"]
+KINDS = ["arithmetic", "choice", "code", "countdown", "gsm8k", "guess_number", "ifeval", "math", "problems", "rooms"]
 
 
 def task(**settings: Any) -> Task:

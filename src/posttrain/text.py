@@ -194,10 +194,31 @@ class RenderedRow:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What a grader says: a score, or the reason why there is none. A failure is not a score."""
+    """What a grader says: a score, or the reason why there is none. A failure is not a score.
+
+    steps: where in the answer something was earned, as (sampled tokens up to there, how much), in order; they are parts of the
+    score, and whoever takes no notice of them learns from the score alone.
+    """
 
     score: float | None
     parts: Mapping[str, float] = field(default_factory=dict)
+    failure: str | None = None
+    steps: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What went to and fro in an episode after its prompt.
+
+    messages: the policy's, as decoded, and the environment's; ends: of each turn of the policy, how many tokens it had drawn by
+    then; rewards: what each turn earned; counts: what the environment counts, such as calls of tools; failure: why the
+    episode is worth nothing, where the environment broke it off.
+    """
+
+    messages: tuple[Message, ...]
+    ends: tuple[int, ...] = ()
+    rewards: tuple[float, ...] = ()
+    counts: Mapping[str, float] = field(default_factory=dict)
     failure: str | None = None
 
 
@@ -205,10 +226,11 @@ class Grade:
 class Sample:
     """One answer as it was drawn: token ids verbatim, never re-tokenised.
 
-    tokens: prompt and completion ids; sampled: True on every token the policy drew (its end token included);
-    logp: the log-probability each sampled token was drawn with, in order; stop: "end" (an end token) or "length";
-    text: the decoded completion, for graders and people; version: the update the policy had then; by: who wrote it (greedy:
-    the policy, without drawing).
+    tokens: prompt and completion ids; sampled: True on every token the policy drew (its end tokens included);
+    logp: the log-probability each sampled token was drawn with, in order; stop: "end" (an end token; an episode came to its
+    end), "length" (cut off at the most tokens) or "turns" (at the most turns); text: the decoded completion, for graders and
+    people, of an episode the policy's last turn; version: the update the policy had then; by: who wrote it (greedy: the policy,
+    without drawing); transcript: of an episode, all its turns.
     """
 
     problem: Problem
@@ -216,7 +238,16 @@ class Sample:
     tokens: tuple[int, ...]
     sampled: tuple[bool, ...]
     logp: tuple[float, ...]
-    stop: Literal["end", "length"]
+    stop: Literal["end", "length", "turns"]
     text: str
     version: int = 0
     by: Literal["policy", "reference", "greedy"] = "policy"
+    transcript: Transcript | None = None
+
+    @property
+    def shown(self) -> str:
+        """All that the policy wrote, for people; in an episode with what it was told."""
+        if self.transcript is None:
+            return self.text
+        said = self.transcript.messages
+        return "\n".join(each.content if each.role == "assistant" else f"[{each.role}] {each.content}" for each in said)

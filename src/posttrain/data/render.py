@@ -59,6 +59,33 @@ class Template:
         except Unusable as reason:
             raise TemplateError(str(reason)) from None
 
+    def ignores(self, tools: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the chat template leaves tools out."""
+        return self._text([ASK], tools, ask=True) == self._text([ASK], (), ask=True)
+
+    def following(
+        self, messages: Sequence[Message], told: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), ended: bool = True
+    ) -> list[int]:
+        """The tokens between an answer and the next: what the policy is told, and the generation prompt.
+
+        messages: up to and with the answer; ended: whether it ended with the end of its turn, which is added where it did not.
+        The answer's own tokens are never rendered again: what two different answers in its place have behind them in common
+        is what follows any. Raises TemplateError for a template with which nothing follows.
+        """
+        before, after = list(messages[:-1]), list(told)
+        try:
+            texts = [self._text([*before, each, *after], tools, ask=True) for each in (ONE, OTHER)]
+        except Unusable as reason:
+            raise TemplateError(str(reason)) from None
+        alike = _alike(texts[0][::-1], texts[1][::-1])
+        tokens = self._encode(texts[0][len(texts[0]) - alike :])
+        if self.end_id not in tokens or not all(word in texts[0] for each in told for word in re.findall(r"\w+", each.content)):
+            raise TemplateError(
+                f"the chat template leaves out a turn of {told[0].role} behind an answer, so an episode of several turns "
+                "cannot go on; use another chat template"
+            )
+        return tokens[tokens.index(self.end_id) + 1 :] if ended else tokens[tokens.index(self.end_id) :]
+
     def conversation(self, conv: Conversation, learn: Literal["all", "last"] = "all") -> Rendering:
         """Tokens and marks, ending with the last answer. Raises Unusable for a row to drop, TemplateError for a bad template."""
         return self._alone(self.making_conversation(conv, learn))

@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, PositiveFloat, field_validator, model_validator
 
-from posttrain.component import Component
+from posttrain.component import Component, imported
 from posttrain.errors import DataError
 from posttrain.paths import PREFIX, resolve
 
@@ -121,6 +121,38 @@ class Inline(Source, kind="inline"):
 
     def all_rows(self) -> Iterator[Raw]:
         return (Raw(item, f"inline:{number}") for number, item in enumerate(self.items, 1))
+
+
+class Made(Source, kind="function"):
+    """Rows that a Python function makes: `my_package.module:my_function` returns or yields mappings of columns.
+
+    It has to give the same rows whenever it is called; their hash is part of what a run records.
+    """
+
+    path: str
+    """The function."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """What it is called with, by name."""
+
+    @field_validator("path")
+    @classmethod
+    def _can_be_called(cls, path: str) -> str:
+        if not callable(imported(path)):
+            raise ValueError(f"{path!r} is no function")
+        return path
+
+    def label(self) -> str:
+        return self.path
+
+    def all_rows(self) -> Iterator[Raw]:
+        try:
+            for number, row in enumerate(imported(self.path)(**self.arguments), 1):
+                if not isinstance(row, dict):
+                    raise DataError(f"{self.path}:{number}: a {type(row).__name__}, not a mapping of columns")
+                yield Raw(row, f"{self.path}:{number}")
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, OSError) as error:
+            what = f"raised {type(error).__name__}: {error}"
+            raise DataError(f"{self.path}: {what}; mend the function, or its `arguments`") from None
 
 
 class StageRows(Source, kind="stage"):

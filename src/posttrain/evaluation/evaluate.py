@@ -99,15 +99,16 @@ def evaluate(
     sampler = sampler or InProcess()
     problems = task.problems()[: plan.limit]
     task.grader.prepare(template)
+    world = task.environment
     figures: dict[str, Figure] = {}
     graded: list[tuple[Sample, Grade]] = []
     greedy: list[tuple[Sample, Grade]] = []
     if plan.samples:
-        drawn = sample(sampler, policy, template, problems, plan.samples, plan.sampling, seed, address)
+        drawn = sample(sampler, policy, template, problems, plan.samples, plan.sampling, seed, address, environment=world)
         if plan.best_of is not None:
             plan.best_of.ranker.prepare(template)
-            drawn = best(drawn, plan.best_of.ranker.grade_all(drawn))
-        graded = list(zip(drawn, task.grader.grade_all(drawn), strict=True))
+            drawn = best(drawn, plan.best_of.ranker.grades(drawn))
+        graded = list(zip(drawn, task.grader.grades(drawn), strict=True))
         figures |= sampled_figures(graded, 1 if plan.best_of else plan.samples, task.grader.open_scale)
         if plan.best_of is not None:
             bound = math.log(plan.samples) - (plan.samples - 1) / plan.samples
@@ -116,11 +117,12 @@ def evaluate(
             figures["kl"] = divergence(drawn, reference)
     if plan.greedy:
         likeliest = plan.sampling.model_copy(update={"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
-        drawn = sample(sampler, policy, template, problems, 1, likeliest, seed, (*address, "greedy"))
-        greedy = list(zip(drawn, task.grader.grade_all(drawn), strict=True))
+        drawn = sample(sampler, policy, template, problems, 1, likeliest, seed, (*address, "greedy"), environment=world)
+        greedy = list(zip(drawn, task.grader.grades(drawn), strict=True))
         found = [grade.score for _, grade in greedy if grade.score is not None]
         right = [float(score >= RIGHT) for score in found]
         figures["greedy"] = average(found) if task.grader.open_scale else share(right)
+    figures |= episode_figures([one for one, _ in graded or greedy])
     failures = [grade.failure for _, grade in (*graded, *greedy) if grade.score is None]
     if failures and len(failures) == len(graded) + len(greedy):
         raise RunError(f"no answer could be graded: {failures[0]}")
@@ -162,11 +164,25 @@ def sampled_figures(graded: Sequence[tuple[Sample, Grade]], per_problem: int, op
     return figures
 
 
+def episode_figures(drawn: Sequence[Sample]) -> dict[str, Figure]:
+    """Turns an episode, and what its environment counts (`tool_calls`); problem by problem. Nothing where there are none."""
+    names = sorted({name for one in drawn if one.transcript for name in one.transcript.counts})
+    found: dict[str, list[float]] = {"turns": [], **{name: [] for name in names}}
+    for _, group in groupby(drawn, key=lambda one: one.problem.id):
+        played = [one.transcript for one in group if one.transcript is not None]
+        if played:
+            found["turns"].append(sum(len(each.ends) for each in played) / len(played))
+            for name in names:
+                found[name].append(sum(each.counts.get(name, 0.0) for each in played) / len(played))
+    return {name: average(values) for name, values in found.items() if values}
+
+
 def divergence(drawn: Sequence[Sample], reference: "Frozen") -> Figure:
     """KL(policy || reference) in nats an answer: the mean over samples of log p - log p_reference, summed over their tokens."""
     from posttrain import losses
     from posttrain.batch import Sequences
 
+    drawn = [one for one in drawn if one.logp]
     seqs = Sequences.of([(one.tokens, one.sampled) for one in drawn])
     other = losses.sequence_sums(reference.logprobs(seqs).cpu().double(), seqs.owner, seqs.count).tolist()
     gaps = [sum(one.logp) - value for one, value in zip(drawn, other, strict=True)]
@@ -183,7 +199,7 @@ def answer(one: Sample, grade: Grade) -> dict[str, Any]:
         "id": one.problem.id,
         "prompt": asked,
         "answer": one.problem.answer,
-        "text": one.text,
+        "text": one.shown,
         "score": grade.score,
         "stop": one.stop,
     }

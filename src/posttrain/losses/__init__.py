@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from posttrain.losses.aggregate import sequence_means, sequence_sums
     from posttrain.losses.classes import binary_cross_entropy, cross_entropy, squared_error
-    from posttrain.losses.credit import gae, group_advantages, to_go, whiten
+    from posttrain.losses.credit import gae, group_advantages, return_advantages, step_advantages, to_go, whiten
     from posttrain.losses.distillation import logit_gap, vocabulary_kl
     from posttrain.losses.kl import adaptive_kl, kl_k1, kl_k2, kl_k3
     from posttrain.losses.policy_gradient import (
@@ -60,6 +60,8 @@ _HOME = {
     "squared_error": "classes",
     "gae": "credit",
     "group_advantages": "credit",
+    "return_advantages": "credit",
+    "step_advantages": "credit",
     "to_go": "credit",
     "whiten": "credit",
     "logit_gap": "distillation",
@@ -150,6 +152,7 @@ __all__ = [
     "psi_identity",
     "psi_log_odds",
     "psi_po",
+    "return_advantages",
     "robust_dpo",
     "rpo",
     "sequence_means",
@@ -158,6 +161,7 @@ __all__ = [
     "soft_surrogate",
     "sppo",
     "squared_error",
+    "step_advantages",
     "to_go",
     "vocabulary_kl",
     "whiten",

@@ -40,6 +40,50 @@ def group_advantages(
     return (centred / (spread + eps)).to(dtype)
 
 
+def step_advantages(
+    rewards: Float[Tensor, " S"],
+    ends: Int[Tensor, " S"],
+    owner: Int[Tensor, " N"],
+    groups: Int[Tensor, " B"],
+    scale: Literal["group", "batch", "none"] = "group",
+    eps: float = 1e-4,
+    leave_one_out: bool = False,
+) -> Float[Tensor, " N"]:
+    """Of each token: the sum of the normalised rewards of the steps that end with it or after it. arXiv 2402.03300 section 4.1.3.
+
+    rewards[s] is earned by the step whose last token is ends[s] (counted over all N); owner: the sequence of each token,
+    ascending; groups: the group of each sequence. A reward is compared with those of all steps of its group.
+    """
+    good = group_advantages(rewards, groups[owner[ends]], scale, eps, leave_one_out)
+    return to_go(torch.zeros(len(owner), dtype=rewards.dtype, device=rewards.device).index_add(0, ends, good), owner)
+
+
+def return_advantages(
+    rewards: Float[Tensor, " S"],
+    ends: Int[Tensor, " S"],
+    owner: Int[Tensor, " N"],
+    groups: Int[Tensor, " B"],
+    scale: Literal["group", "batch", "none"] = "group",
+    eps: float = 1e-4,
+    leave_one_out: bool = False,
+) -> Float[Tensor, " N"]:
+    """Of each token: what its sequence still earns from its step on, compared with what the others of its group earn from their
+    step of the same number on. Arguments as of `step_advantages`, the steps of a sequence in order; a token behind the last
+    step has 0.
+    """
+    sequence = owner[ends]
+    first = torch.cat([sequence.new_ones(1, dtype=torch.bool), sequence.diff() != 0]) if len(sequence) else sequence.bool()
+    number = torch.arange(len(sequence), device=sequence.device)
+    number = number - torch.where(first, number, 0).cummax(0).values if len(sequence) else number
+    remaining = to_go(rewards, sequence) if len(sequence) else rewards
+    _, alike = torch.stack([groups[sequence], number]).unique(dim=1, return_inverse=True)
+    good = group_advantages(remaining, alike, scale, eps, leave_one_out)
+    place = torch.searchsorted(ends, torch.arange(len(owner), device=owner.device))  # the step that a token is of
+    found = torch.cat([good, good.new_zeros(1)])[place]
+    mine = torch.cat([sequence, sequence.new_full((1,), -1)])[place] == owner
+    return torch.where(mine, found, torch.zeros_like(found))
+
+
 def gae(
     reward: Float[Tensor, " N"], value: Float[Tensor, " N"], gamma: float, lam: float, starts: Int[Tensor, " edges"] | None = None
 ) -> Float[Tensor, " N"]:

@@ -25,6 +25,7 @@ Baseline = Literal["group", "leave_one_out", "greedy", "none"]
 Scale = Literal["group", "batch", "none"]
 Aggregate = Literal["sequence", "token", "sum", "constant"]
 Pull = Literal["loss", "weighted", "score", "reward"]
+Supervision = Literal["outcome", "process", "to_go"]
 
 
 class Correction(Settings):
@@ -56,6 +57,10 @@ class PolicyGradient(OnPolicy):
     greedy answer (arXiv 2310.10505), or nothing."""
     scale: Scale = "group"
     """What the centred score is divided by: its group's deviation, the batch's, or nothing (arXiv 2503.20783)."""
+    supervision: Supervision = "outcome"
+    """What is made of the steps of an answer (turns of an episode, lines of a solution). outcome: nothing; the score is each
+    token's. process: a token has the normalised rewards of its step and of those after it (arXiv 2402.03300). to_go: what is
+    still to come from its step on, against the others' from the same step on."""
     whiten: bool = False
     """Bring the advantages of all tokens of a rollout to mean 0 and variance 1."""
     aggregate: Aggregate = "sequence"
@@ -85,6 +90,11 @@ class PolicyGradient(OnPolicy):
     def _goes_together(self) -> Self:
         if self.length is not None and self.aggregate != "constant":
             raise ValueError(f"length: aggregate {self.aggregate} divides by no constant; set aggregate: constant")
+        if self.supervision != "outcome" and (self.baseline not in {"group", "leave_one_out"} or self.kl_as == "score"):
+            raise ValueError(
+                f"supervision: {self.supervision} compares steps with those of the group; set baseline: group or leave_one_out, "
+                "and kl_as to anything but score"
+            )
         if self.scale == "group" and self.baseline in {"greedy", "none"}:
             raise ValueError(f"scale: group goes with a baseline of the group, and this is {self.baseline}; take batch or none")
         return self
@@ -118,13 +128,16 @@ class PolicyGradient(OnPolicy):
 
         from posttrain.batch import Rollouts, Sequences
 
-        graded = [(sample, grade.score) for sample, grade in zip(samples, grades, strict=True) if grade.score is not None]
-        greedy = {sample.problem.id: score for sample, score in graded if sample.by == "greedy"}
-        scored = [
-            (sample, score - greedy.get(sample.problem.id, 0.0))
-            for sample, score in graded
+        graded = [
+            (sample, grade, grade.score) for sample, grade in zip(samples, grades, strict=True) if grade.score is not None
+        ]
+        greedy = {sample.problem.id: score for sample, _, score in graded if sample.by == "greedy"}
+        kept = [
+            (sample, grade, score - greedy.get(sample.problem.id, 0.0))
+            for sample, grade, score in graded
             if sample.by == "policy" and (self.baseline != "greedy" or sample.problem.id in greedy)
         ]
+        scored = [(sample, score) for sample, _, score in kept]
         seqs = Sequences.of([(sample.tokens, sample.sampled) for sample, _ in scored])
         sampled_logp = torch.tensor([value for sample, _ in scored for value in sample.logp], dtype=torch.float32)
         ref_logp, old_logp = None, None
@@ -137,10 +150,11 @@ class PolicyGradient(OnPolicy):
         numbers: dict[str, int] = {}
         groups = torch.tensor([numbers.setdefault(sample.problem.id, len(numbers)) for sample, _ in scored], dtype=torch.long)
         scores = torch.tensor([score for _, score in scored], dtype=torch.float32)
+        steps = None if self.supervision == "outcome" else stepwise([grade for _, grade, _ in kept], seqs)
         rollouts = Rollouts(
             seqs,
             sampled_logp=sampled_logp,
-            advantage=self._advantages(scores, groups, seqs, sampled_logp, ref_logp),
+            advantage=self._advantages(scores, groups, seqs, sampled_logp, ref_logp, steps),
             version=torch.tensor([sample.version for sample, _ in scored], dtype=torch.long),
             old_logp=old_logp,
             ref_logp=ref_logp,
@@ -149,12 +163,13 @@ class PolicyGradient(OnPolicy):
         owners = [sample.problem.id for sample, _ in scored]
         if self.learn_cut_off:
             return rollouts, owners
-        kept = [row for row, (sample, _) in enumerate(scored) if sample.stop == "end"]
-        return rollouts.select(kept), [owners[row] for row in kept]
+        whole = [row for row, (sample, _) in enumerate(scored) if sample.stop == "end"]
+        return rollouts.select(whole), [owners[row] for row in whole]
 
     def _advantages(
-        self, scores: "Tensor", groups: "Tensor", seqs: "Sequences", logp: "Tensor", ref_logp: "Tensor | None"
-    ) -> "Tensor":
+        self, scores: "Tensor", groups: "Tensor", seqs: "Sequences", logp: "Tensor", ref_logp: "Tensor | None",
+        steps: "tuple[Tensor, Tensor] | None" = None,
+    ) -> "Tensor":  # fmt: skip
         """[N]: of each sampled token."""
         if not seqs.count:
             return logp
@@ -163,12 +178,16 @@ class PolicyGradient(OnPolicy):
             pull = self.kl * losses.kl_k1(logp, ref_logp.to(logp.dtype))
         if pull is not None and self.kl_as == "score":
             scores = scores - losses.sequence_sums(pull, seqs.owner, seqs.count)
-        if self.baseline in {"group", "leave_one_out"}:
-            good = losses.group_advantages(scores, groups, self.scale, leave_one_out=self.baseline == "leave_one_out")
+        alone = self.baseline == "leave_one_out"
+        if steps is not None:
+            of_steps = losses.step_advantages if self.supervision == "process" else losses.return_advantages
+            advantage = of_steps(*steps, seqs.owner, groups, self.scale, leave_one_out=alone)
+        elif self.baseline in {"group", "leave_one_out"}:
+            advantage = losses.group_advantages(scores, groups, self.scale, leave_one_out=alone)[seqs.owner]
         else:
             alike = seqs.count < 2 or bool((scores == scores[0]).all())  # nothing to divide by
             good = scores if self.scale != "batch" or alike else scores / (scores.std() + 1e-4)
-        advantage = good[seqs.owner]
+            advantage = good[seqs.owner]
         if pull is not None and self.kl_as == "reward":
             advantage = advantage - losses.to_go(pull, seqs.owner)
         return losses.whiten(advantage) if self.whiten else advantage
@@ -273,6 +292,21 @@ class PolicyGradient(OnPolicy):
         if batch.ref_logp is not None:
             stats["kl"] = (losses.kl_k3(logp, batch.ref_logp).sum(), count)
         return stats
+
+
+def stepwise(grades: "Sequence[Grade]", seqs: "Sequences") -> "tuple[Tensor, Tensor]":
+    """[S], [S]: what each step earns, and its last token (of all N). A grade without steps is one step: its score, at the end."""
+    import torch
+
+    starts = (seqs.trained_lengths.cumsum(0) - seqs.trained_lengths).tolist()
+    rewards: list[float] = []
+    ends: list[int] = []
+    for grade, start, length in zip(grades, starts, seqs.trained_lengths.tolist(), strict=True):
+        for end, reward in grade.steps or ((length, grade.score or 0.0),):
+            if 0 < end <= length:
+                rewards.append(reward)
+                ends.append(start + end - 1)
+    return torch.tensor(rewards, dtype=torch.float32), torch.tensor(ends, dtype=torch.long)
 
 
 def levelled(log_ratio: "Tensor", level: Level, seqs: "Sequences") -> "Tensor":

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from posttrain import losses
 from posttrain.objectives.objective import Loss, OnPolicy
+from posttrain.objectives.policy_gradient import stepwise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +60,11 @@ class PPO(OnPolicy, kind="ppo"):
     no_end_penalty: NonNegativeFloat = 0.0
     """Is taken from the score of an answer that was cut off."""
 
+    supervision: Literal["outcome", "process"] = "outcome"
+    """What is made of the steps of an answer (turns of an episode, lines of a solution). outcome: nothing; the score stands on
+    the last token. process: in its place each step's reward stands on the step's last token, and `no_end_score` and
+    `no_end_penalty` are not used."""
+
     @model_validator(mode="after")
     def _controls_something(self) -> "PPO":
         if self.kl_target is not None and not self.kl:
@@ -89,16 +95,16 @@ class PPO(OnPolicy, kind="ppo"):
 
         from posttrain.batch import Rollouts, Sequences, Valued
 
-        scored = [
-            (one, self._score(one, grade.score)) for one, grade in zip(samples, grades, strict=True) if grade.score is not None
-        ]
+        graded = [(one, grade) for one, grade in zip(samples, grades, strict=True) if grade.score is not None]
+        scored = [(one, self._score(one, grade.score or 0.0)) for one, grade in graded]
         seqs = Sequences.of([(one.tokens, one.sampled) for one, _ in scored])
         sampled_logp = torch.tensor([value for one, _ in scored for value in one.logp], dtype=torch.float32)
         ref_logp = None
         if self.kl:
             assert roles.reference is not None
             ref_logp = roles.reference.logprobs(seqs, temperature).cpu().float()
-        reward = self._rewards(sampled_logp, ref_logp, torch.tensor([score for _, score in scored]), seqs, roles)
+        earned = self._earned([grade for _, grade in graded], [score for _, score in scored], seqs)
+        reward = self._rewards(sampled_logp, ref_logp, earned, seqs, roles)
         with torch.no_grad():
             value = policy.in_parts(policy.values, seqs, roles.micro_tokens).cpu().float()
         edges = torch.cat([seqs.starts[:1], seqs.trained_lengths.cumsum(0)])
@@ -119,23 +125,30 @@ class PPO(OnPolicy, kind="ppo"):
             return score
         return (score if self.no_end_score is None else self.no_end_score) - self.no_end_penalty
 
-    def _rewards(
-        self, logp: "Tensor", ref_logp: "Tensor | None", scores: "Tensor", seqs: "Sequences", roles: "Roles"
-    ) -> "Tensor":
-        """[N]: the reward of each sampled token. Moves the controller, after its weight was used."""
+    def _earned(self, grades: "Sequence[Grade]", scores: "Sequence[float]", seqs: "Sequences") -> "Tensor":
+        """[N]: what each sampled token earns: its step's reward on the last of a step, or the score on the last of an answer."""
         import torch
 
-        reward = torch.zeros_like(logp)
+        earned = torch.zeros(seqs.trained)
+        if self.supervision == "process":
+            rewards, ends = stepwise(grades, seqs)
+            return earned.index_add(0, ends, rewards)
+        written = seqs.trained_lengths > 0
+        earned[seqs.trained_lengths.cumsum(0)[written] - 1] += torch.tensor(scores)[written]
+        return earned
+
+    def _rewards(
+        self, logp: "Tensor", ref_logp: "Tensor | None", earned: "Tensor", seqs: "Sequences", roles: "Roles"
+    ) -> "Tensor":
+        """[N]: the reward of each sampled token. Moves the controller, after its weight was used."""
+        reward = earned.to(logp.dtype)
         if ref_logp is not None:
-            reward -= roles.controls["kl_weight"] * getattr(losses, ESTIMATORS[self.kl_estimator])(logp, ref_logp)
+            reward = reward - roles.controls["kl_weight"] * getattr(losses, ESTIMATORS[self.kl_estimator])(logp, ref_logp)
             if self.kl_target is not None:
                 divergence = float((logp - ref_logp).double().sum()) / max(1, seqs.count)
                 roles.controls["kl_weight"] = losses.adaptive_kl(
                     roles.controls["kl_weight"], divergence, self.kl_target, seqs.count, self.kl_horizon
                 )
-        written = seqs.trained_lengths > 0
-        last = seqs.trained_lengths.cumsum(0)[written] - 1
-        reward[last] += scores[written].to(reward.dtype)
         return losses.whiten(reward, shift_mean=False) if self.whiten_rewards else reward
 
     def units(self, batch: "Valued") -> dict[str, int]:

@@ -219,8 +219,9 @@ class MakePairs(Stage, kind="pairs"):
             self.sampling,
             context.seed,
             (context.name,),
+            environment=asked.task.environment,
         )
-        graded = list(zip(drawn, asked.task.grader.grade_all(drawn), strict=True))
+        graded = list(zip(drawn, asked.task.grader.grades(drawn), strict=True))
         made = list(pairs_of(graded, self.choice, self.scale, context.seed))
         if not made:
             cut = sum(one.stop != "end" for one in drawn)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from posttrain.batch import Batch
     from posttrain.data.render import Template
+    from posttrain.environments import Environment
     from posttrain.models.lm import LM
     from posttrain.models.roles import Roles
     from posttrain.objectives import OnPolicy
@@ -65,12 +66,12 @@ class OnPolicyStream:
     def __init__(
         self, objective: "OnPolicy", problems: Sequence[Problem], grader: "Grader", sampler: Sampler, plan: Rollout,
         policy: "LM", template: "Template", roles: "Roles", seed: int, say: Callable[[str], None] = lambda _line: None,
+        environment: "Environment | None" = None,
     ) -> None:  # fmt: skip
         from posttrain.data.stream import Stream
 
         grader.prepare(template)
-        self.say = say
-
+        self.say, self.environment = say, environment
         self.objective = objective.planned(plan.sampling.max_tokens)
         self.refills = objective.refills if plan.refill is None else plan.refill
         self.problems, self.grader, self.sampler, self.plan = problems, grader, sampler, plan
@@ -112,7 +113,7 @@ class OnPolicyStream:
         others = self._others(list({one.problem.id: one.problem for one in samples}.values()))
         temperature = self.plan.sampling.temperature
         self.batch, owners = self.objective.credit(
-            [*samples, *others], [*grades, *self.grader.grade_all(others)], self.policy, self.roles, temperature
+            [*samples, *others], [*grades, *self.grader.grades(others)], self.policy, self.roles, temperature
         )
         self.pending = self._minibatches(owners)
         stats = describe(*zip(*drawn, strict=True))
@@ -124,7 +125,7 @@ class OnPolicyStream:
         """The policy's answers to the next problems, and their grades."""
         chosen = [self.problems[row] for _, row in self.stream.take(self.plan.problems)]
         samples = self._answers(self.policy, list({problem.id: problem for problem in chosen}.values()), *address)
-        grades = self.grader.grade_all(samples)
+        grades = self.grader.grades(samples)
         self._check_failures(grades)
         return list(zip(samples, grades, strict=True))
 
@@ -160,7 +161,7 @@ class OnPolicyStream:
     ) -> list[Sample]:  # fmt: skip
         return sample(
             self.sampler, policy, self.template, problems, count or self.plan.per_problem, sampling or self.plan.sampling,
-            self.seed, address=("rollout", self.rollout, *address), version=self.updates,
+            self.seed, address=("rollout", self.rollout, *address), version=self.updates, environment=self.environment,
         )  # fmt: skip
 
     def _mention_constant(self, grades: Sequence[Grade]) -> None:
@@ -244,12 +245,27 @@ def describe(samples: Sequence[Sample], grades: Sequence[Grade]) -> dict[str, tu
     stats: dict[str, tuple[float, int]] = {
         "reward": (sum(score for _, score in scored), len(scored)),
         "length": (float(sum(len(one.logp) for one in samples)), len(samples)),
-        "cut_off": (float(sum(one.stop == "length" for one in samples)), len(samples)),
+        "cut_off": (float(sum(one.stop != "end" for one in samples)), len(samples)),
         "ungraded": (float(len(samples) - len(scored)), len(samples)),
     }
     if len(scored) > len(groups):
         stats["mixed_groups"] = (float(sum(len(each) > 1 for each in groups.values())), len(groups))
+    stats |= of_episodes(samples)
     for name in sorted({part for grade in grades for part in grade.parts}):
         values = [grade.parts[name] for grade in grades if name in grade.parts]
         stats[f"reward/{name}"] = (sum(values), len(values))
+    return stats
+
+
+def of_episodes(samples: Sequence[Sample]) -> dict[str, tuple[float, int]]:
+    """(sum, count) of the turns of episodes, of what their environment counts, and of how many it has failed."""
+    played = [one.transcript for one in samples if one.transcript is not None]
+    if not played:
+        return {}
+    stats = {
+        "turns": (float(sum(len(each.ends) for each in played)), len(played)),
+        "environment_failed": (float(sum(each.failure is not None for each in played)), len(played)),
+    }
+    for name in sorted({name for each in played for name in each.counts}):
+        stats[f"episode/{name}"] = (float(sum(each.counts.get(name, 0.0) for each in played)), len(played))
     return stats

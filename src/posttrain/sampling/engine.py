@@ -18,10 +18,20 @@ PREFILL_TOKENS = 16384
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt to continue. The address names its random draws: the same address and seed give the same draws in any batch."""
+    """A prompt to continue. The address names its random draws: the same address and seed give the same draws in any batch.
+
+    drawn: how many numbers of its draws have been used by earlier turns of the same episode; what is left of the most tokens is
+    for this one, and no more than `most`, where that is given.
+    """
 
     tokens: tuple[int, ...]
     address: tuple[int | str, ...]
+    drawn: int = 0
+    most: int | None = None
+
+    def budget(self, max_tokens: int) -> int:
+        left = max_tokens - self.drawn
+        return left if self.most is None else min(left, self.most)
 
 
 @dataclass(slots=True)
@@ -29,7 +39,7 @@ class Completion:
     """The tokens drawn for a request, each with the log-probability that it was drawn with."""
 
     request: Request
-    uniforms: list[float]
+    uniforms: list[float]  # one for each token that it may have
     tokens: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     stop: Literal["end", "length"] = "length"
@@ -51,9 +61,22 @@ class Engine:
 
     def next(self) -> Completion | None:
         """The next finished completion, in the order in which they finish; None when there is nothing left to do."""
-        while not self.finished and (self.waiting or self.running):
+        while not self.finished and self.busy:
             self._step()
         return self.finished.popleft() if self.finished else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to draw."""
+        return bool(self.waiting or self.running)
+
+    def advance(self) -> list[Completion]:
+        """One step further: the completions that are finished now."""
+        if self.busy:
+            self._step()
+        found = list(self.finished)
+        self.finished.clear()
+        return found
 
     def partial(self) -> list[int] | None:
         """One step further: the tokens so far of the first completion that is still growing; None when none is."""
@@ -70,7 +93,7 @@ class Engine:
             first = len(self.running)
             self._draw(self._admit(free), first)
         done = [
-            index for index, row in enumerate(self.running) if row.stop == "end" or len(row.tokens) == self.sampling.max_tokens
+            index for index, row in enumerate(self.running) if row.stop == "end" or len(row.tokens) == len(row.uniforms)
         ]
         if done:
             self.finished.extend(self.running[index] for index in done)
@@ -83,7 +106,7 @@ class Engine:
         """Takes waiting requests into the batch; neighbours with one prompt are prefilled once. Returns their first logits."""
         prompts: list[tuple[int, ...]] = []
         copies: list[int] = []
-        size = 0
+        size = room = 0
         while self.waiting and free:
             request = self.waiting[0]
             if not prompts or prompts[-1] != request.tokens:
@@ -95,9 +118,11 @@ class Engine:
             copies[-1] += 1
             free -= 1
             self.waiting.popleft()
-            uniforms = draws.generator(self.seed, "sample", *request.address).random(self.sampling.max_tokens)
-            self.running.append(Completion(request, uniforms.tolist()))
-        return self.decoder.admit(prompts, copies, self.sampling.max_tokens)
+            budget = request.budget(self.sampling.max_tokens)
+            uniforms = draws.generator(self.seed, "sample", *request.address).random(request.drawn + budget)
+            self.running.append(Completion(request, uniforms[request.drawn :].tolist()))
+            room = max(room, budget)
+        return self.decoder.admit(prompts, copies, room)
 
     def _draw(self, logits: torch.Tensor, first: int) -> None:
         """One token for each running row from `first` on."""

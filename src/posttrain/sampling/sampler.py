@@ -11,6 +11,7 @@ from posttrain.sampling.settings import Sampling
 
 if TYPE_CHECKING:
     from posttrain.data.render import Template
+    from posttrain.environments import Environment
     from posttrain.models.lm import LM
     from posttrain.sampling.engine import Engine
     from posttrain.text import Problem, Sample
@@ -49,11 +50,24 @@ def sample(
     address: tuple[int | str, ...] = (),
     version: int = 0,
     progress: Callable[[], None] = lambda: None,
+    environment: "Environment | None" = None,
 ) -> "list[Sample]":
-    """per_problem samples of each problem, problem by problem. `address` tells these draws from others under the same seed."""
+    """per_problem samples of each problem, problem by problem. `address` tells these draws from others under the same seed.
+
+    environment: what answers the policy; a sample is then an episode.
+    """
     from posttrain.sampling.engine import Request
     from posttrain.text import Sample
 
+    places = [(problem, index, (*address, problem.id, index)) for problem in problems for index in range(per_problem)]
+    if environment is not None:
+        from posttrain.sampling.episodes import Episodes, Play
+
+        environment.prepare(template)
+        engine = sampler.open(policy, sampling, sorted(template.stop_ids), seed)
+        plays = [Play(*place) for place in places]
+        played = Episodes(environment, template, engine, policy.context, seed).play(plays, progress)
+        return [play.sample(version) for play in played]
     prompts = [tuple(template.prompt(problem.prompt)) for problem in problems]
     for problem, prompt in zip(problems, prompts, strict=True):
         if policy.context is not None and len(prompt) + sampling.max_tokens > policy.context:
@@ -62,12 +76,9 @@ def sample(
                 f"{sampling.max_tokens} exceeds the model's context of {policy.context}; lower max_tokens, or leave this one out"
             )
     engine = sampler.open(policy, sampling, sorted(template.stop_ids), seed)
-    wanted: dict[tuple[int | str, ...], tuple[Problem, int]] = {}
-    for problem, prompt in zip(problems, prompts, strict=True):
-        for index in range(per_problem):
-            place = (*address, problem.id, index)
-            wanted[place] = (problem, index)
-            engine.add(Request(prompt, place))
+    wanted = {place: (problem, index) for problem, index, place in places}
+    for place, prompt in zip(wanted, (prompt for prompt in prompts for _ in range(per_problem)), strict=True):
+        engine.add(Request(prompt, place))
     found: dict[tuple[int | str, ...], Sample] = {}
     while (done := engine.next()) is not None:
         problem, index = wanted[done.request.address]

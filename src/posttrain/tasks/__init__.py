@@ -10,7 +10,17 @@ from posttrain.tasks.ifeval import IfevalTask, InstructionsGrader
 from posttrain.tasks.learned import JudgeGrader, RewardModelGrader
 from posttrain.tasks.mathematics import MathGrader
 from posttrain.tasks.numeric import EquationsGrader, NumberGrader
-from posttrain.tasks.task import ArithmeticTask, CountdownTask, Gsm8kTask, MathTask, ProblemsTask, Task
+from posttrain.tasks.process import EquationGrader, LinesGrader, ReturnsGrader, RewardFunctionGrader
+from posttrain.tasks.task import (
+    ArithmeticTask,
+    CountdownTask,
+    Gsm8kTask,
+    GuessNumberTask,
+    MathTask,
+    ProblemsTask,
+    RoomsTask,
+    Task,
+)
 
 __all__ = [
     "ArithmeticTask",
@@ -20,16 +30,19 @@ __all__ = [
     "CodeTask",
     "CountdownGrader",
     "CountdownTask",
+    "EquationGrader",
     "EquationsGrader",
     "ExactGrader",
     "FunctionGrader",
     "GatedGrader",
     "Grader",
     "Gsm8kTask",
+    "GuessNumberTask",
     "IfevalTask",
     "InstructionsGrader",
     "JsonGrader",
     "JudgeGrader",
+    "LinesGrader",
     "MathGrader",
     "MathTask",
     "NumberGrader",
@@ -37,7 +50,10 @@ __all__ = [
     "ProblemsTask",
     "RegexGrader",
     "RepetitionGrader",
+    "ReturnsGrader",
+    "RewardFunctionGrader",
     "RewardModelGrader",
+    "RoomsTask",
     "ScriptGrader",
     "Task",
     "ThinkGrader",

@@ -9,10 +9,8 @@ import json
 import os
 import re
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -21,8 +19,8 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt
 
 from posttrain.data.source import Source
+from posttrain.sandbox import Bubblewrap, Sandbox, SandboxLost, slot
 from posttrain.tasks.grader import Grader
-from posttrain.tasks.sandbox import Bubblewrap, Sandbox, SandboxLost
 from posttrain.tasks.task import Task, shipped
 from posttrain.text import Grade, Problem, Sample
 
@@ -94,10 +92,10 @@ class CodeGrader(Grader, kind="code"):
     def verdicts(self, problem: Problem, program: str) -> Verdicts:
         """What the problem's tests say of a program. Raises SandboxFailed where none could be run."""
         tests, setup = problem.facts["tests"], problem.facts.get("setup") or ""
-        with _slot() as slot:
+        with slot() as number:
             if form_of(tests[0]) == "output":
-                return _by_output(self.sandbox, program, tests, slot)
-            return _by_messages(self.sandbox, program, setup, tests, slot)
+                return _by_output(self.sandbox, program, tests, number)
+            return _by_messages(self.sandbox, program, setup, tests, number)
 
     def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
         with ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:
@@ -233,20 +231,3 @@ class _Program:
 
 def _refused(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
-
-
-_lock = threading.Lock()
-_taken: set[int] = set()
-
-
-@contextmanager
-def _slot() -> Iterator[int]:
-    """A number that no other program that runs has."""
-    with _lock:
-        number = next(each for each in range(len(_taken) + 1) if each not in _taken)
-        _taken.add(number)
-    try:
-        yield number
-    finally:
-        with _lock:
-            _taken.remove(number)

@@ -1,6 +1,7 @@
 """Graders made of graders: a weighted sum, and a score behind gates."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -55,7 +56,8 @@ class ComposedGrader(Grader):
 
     def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
         columns = {name: grader.grade_all(samples) for name, grader in self.graders().items()}
-        return [self._joined({name: grades[row] for name, grades in columns.items()}) for row in range(len(samples))]
+        rows = [{name: grades[row] for name, grades in columns.items()} for row in range(len(samples))]
+        return [self._stepwise(self._joined(row), row, len(one.logp)) for row, one in zip(rows, samples, strict=True)]
 
     def grade(self, problem: Problem, text: str) -> Grade:
         return self._joined({name: grader.grade(problem, text) for name, grader in self.graders().items()})
@@ -67,6 +69,14 @@ class ComposedGrader(Grader):
         scores = {name: grade.score for name, grade in grades.items() if grade.score is not None}
         inner = {f"{name}/{part}": value for name, grade in grades.items() for part, value in grade.parts.items()}
         return checked(Grade(self.composed(scores), {**scores, **inner}))
+
+    def _stepwise(self, joined: Grade, grades: dict[str, Grade], length: int) -> Grade:
+        """With what the steps of the answer earn, where one of the others says so. length: the answer's tokens."""
+        return joined
+
+    @property
+    def of_episodes(self) -> bool:
+        return any(grader.of_episodes for grader in self.graders().values())
 
 
 class WeightedGrader(ComposedGrader, kind="weighted"):
@@ -84,6 +94,17 @@ class WeightedGrader(ComposedGrader, kind="weighted"):
 
     def composed(self, scores: dict[str, float]) -> float:
         return sum(self.parts[name].weight * score for name, score in scores.items())
+
+    def _stepwise(self, joined: Grade, grades: dict[str, Grade], length: int) -> Grade:
+        """The steps of all; what a grader without steps says is earned at the end."""
+        if joined.score is None or not any(grade.steps for grade in grades.values()):
+            return joined
+        all_steps = [
+            (end, self.parts[name].weight * reward)
+            for name, grade in grades.items()
+            for end, reward in grade.steps or ((length, grade.score or 0.0),)
+        ]
+        return replace(joined, steps=tuple(sorted(all_steps, key=lambda step: step[0])))
 
 
 class GatedGrader(ComposedGrader, kind="gated"):

@@ -33,6 +33,11 @@ class Grader(Component):
         return None
 
     @property
+    def of_episodes(self) -> bool:
+        """Whether it can only grade episodes: the answers of a task with an environment."""
+        return False
+
+    @property
     def open_scale(self) -> bool:
         """Whether scores have a scale of their own, on which no answer is simply right; else 1 means that it is."""
         return False
@@ -49,6 +54,12 @@ class Grader(Component):
     def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
         """One grade per sample, in order; whatever goes wrong in one of them is a failure of that one only."""
         return [self._guarded(sample.problem, sample.text) for sample in samples]
+
+    def grades(self, samples: Sequence[Sample]) -> list[Grade]:
+        """`grade_all` of those whose environment did not fail; a failure for each of the others."""
+        failures = [None if one.transcript is None else one.transcript.failure for one in samples]
+        found = iter(self.grade_all([one for one, failure in zip(samples, failures, strict=True) if failure is None]))
+        return [next(found) if failure is None else failed(failure) for failure in failures]
 
     def _guarded(self, problem: Problem, text: str) -> Grade:
         try:
@@ -68,7 +79,8 @@ def checked(grade: Any) -> Grade:
         return failed(f"the grader returned {_described(grade)}, not a Grade")
     if grade.failure is not None:
         return Grade(None, grade.parts, grade.failure)
-    for name, value in {"score": grade.score, **grade.parts}.items():
+    steps = {f"step {number}": reward for number, (_, reward) in enumerate(grade.steps, 1)}
+    for name, value in {"score": grade.score, **grade.parts, **steps}.items():
         wrong = _not_a_number(value)
         if wrong:
             return failed(f"the grader's {name} is {wrong}")

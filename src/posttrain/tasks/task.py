@@ -6,16 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from posttrain.component import Component
 from posttrain.data.format import Format, Problems, Unusable
 from posttrain.data.source import Raw, Source
+from posttrain.environments import Environment, GuessNumber, Rooms
 from posttrain.errors import DataError
 from posttrain.tasks.countdown import CountdownGrader
 from posttrain.tasks.grader import Grader
 from posttrain.tasks.mathematics import MathGrader
 from posttrain.tasks.numeric import EquationsGrader, NumberGrader
+from posttrain.tasks.process import ReturnsGrader
 from posttrain.text import Message, Problem
 
 
@@ -32,12 +34,20 @@ class Task(Component):
     """What the columns mean: `{kind: problem, fields: {prompt: question}}`."""
     grader: Grader
     """What judges an answer."""
+    environment: Environment | None = None
+    """What answers the policy, turn by turn; null: its first turn is its answer."""
     limit: PositiveInt | None = None
     """Only the first so many problems."""
     system: str | None = None
     """A system message to put before each problem."""
     instruction: str | None = None
     """A text to add to the last user message, after a blank line; with `{prompt}` in it, it stands around that message."""
+
+    @model_validator(mode="after")
+    def _episodes_are_played(self) -> "Task":
+        if self.environment is None and self.grader.of_episodes:
+            raise ValueError(f"grader: {self.grader.kind} grades episodes, and nothing answers the policy; give an `environment`")
+        return self
 
     def problems(self) -> list[Problem]:
         """All problems in the order of the file. Raises DataError for a row that is none, and where there are none."""
@@ -56,6 +66,8 @@ class Task(Component):
         """What is cheap to know before weights load: the source is there, its first row is a problem that can be graded."""
         self.source.check()
         self.grader.check()
+        if self.environment is not None:
+            self.environment.check()
         first = self.source.first()
         if first is not None:
             self._problem(first)
@@ -103,6 +115,11 @@ def shipped(name: str) -> Callable[[], Source]:
     return lambda: Source.model_validate(f"posttrain:data/{name}")
 
 
+def made(function: str) -> Callable[[], Source]:
+    """The source of rows that a function of ours makes."""
+    return lambda: Source.model_validate({"kind": "function", "path": function})
+
+
 class ArithmeticTask(Task, kind="arithmetic"):
     """Small story problems, worked as lines of `a + b = c`; by default the 500 test problems that come with the package."""
 
@@ -132,6 +149,22 @@ class MathTask(Task, kind="math"):
 
     grader: Grader = Field(default_factory=MathGrader)
     instruction: str | None = "Put your final answer in \\boxed{}."
+
+
+class GuessNumberTask(Task, kind="guess_number"):
+    """A number from 1 to 20 is guessed in at most eight turns, each answered `higher` or `lower`."""
+
+    source: Source = Field(default_factory=made("posttrain.environments.games:numbers_to_guess"))
+    environment: Environment | None = GuessNumber()
+    grader: Grader = Field(default_factory=ReturnsGrader)
+
+
+class RoomsTask(Task, kind="rooms"):
+    """A small game in text: find the key (0.25), then open the door (0.75), in at most twelve turns."""
+
+    source: Source = Field(default_factory=made("posttrain.environments.games:rooms_to_walk"))
+    environment: Environment | None = Rooms()
+    grader: Grader = Field(default_factory=ReturnsGrader)
 
 
 class ProblemsTask(Task, kind="problems"):

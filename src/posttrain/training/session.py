@@ -170,7 +170,7 @@ def make_updates(
         session.facts["problems"] = len(problems)
         stream = OnPolicyStream(
             objective, problems, settings.task.grader, settings.sampler, settings.rollout, policy, template, roles, session.seed,
-            session.say,
+            session.say, settings.task.environment,
         )  # fmt: skip
         updates: Updates = SampledUpdates(stream)
         steps = settings.steps or UNBOUNDED

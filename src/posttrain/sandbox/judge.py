@@ -10,7 +10,7 @@ import builtins
 import resource
 import sys
 
-from posttrain.tasks.sandbox.wire import dumped, packed, parsed, unpacked
+from posttrain.sandbox.wire import dumped, packed, parsed, unpacked
 
 TYPE_CHECKING = False  # typing takes as long to import as all the rest
 if TYPE_CHECKING:

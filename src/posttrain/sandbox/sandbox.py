@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -25,7 +26,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from posttrain.component import Component
 from posttrain.errors import RecipeError
-from posttrain.tasks.sandbox import seccomp
+from posttrain.sandbox import seccomp
 
 SYSTEM = ("/lib/", "/usr/lib/")  # folders with a platform's shared libraries, and no programs
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
@@ -243,7 +244,7 @@ class NoSandbox(Sandbox, kind="none"):
 @cache
 def source_of(script: Script) -> str:
     """The script with wire.py in the place of its import, as one program."""
-    wire, own = (files("posttrain.tasks.sandbox").joinpath(f"{name}.py").read_text(encoding="utf-8") for name in ("wire", script))
+    wire, own = (files("posttrain.sandbox").joinpath(f"{name}.py").read_text(encoding="utf-8") for name in ("wire", script))
     wire = wire.replace("from __future__ import annotations\n", "")  # which is for the beginning of a file
     return own.replace(next(line for line in own.splitlines() if ".wire import" in line), wire, 1)
 
@@ -347,3 +348,20 @@ def _said(interpreter: str) -> str:
     user = {"user": FIRST_UID, "group": FIRST_UID, "extra_groups": []} if os.geteuid() == 0 else {}
     done = subprocess.run(words, capture_output=True, text=True, cwd="/", check=False, **user)  # type: ignore[call-overload]
     return " ".join(done.stderr.split())[:300] or "it ended without a word"
+
+
+_lock = threading.Lock()
+_taken: set[int] = set()
+
+
+@contextlib.contextmanager
+def slot() -> Iterator[int]:
+    """A number that no other program that runs has."""
+    with _lock:
+        number = next(each for each in range(len(_taken) + 1) if each not in _taken)
+        _taken.add(number)
+    try:
+        yield number
+    finally:
+        with _lock:
+            _taken.remove(number)
