@@ -59,7 +59,7 @@ class Scripted:
         return engine
 
 
-class Saying(Environment, kind="test_saying"):
+class Saying(Environment):
     """Answers each turn with the next of `says`, and is over after the last."""
 
     says: list[str]
@@ -173,7 +173,7 @@ def test_the_draws_of_a_second_turn_are_not_those_of_the_first():
 # ---- what ends an episode
 
 
-class Endless(Environment, kind="test_endless"):
+class Endless(Environment):
     workers: int = 0
 
     def reset(self, problem, seed):
@@ -222,7 +222,7 @@ def test_an_episode_ends_where_the_context_does():
         played(Endless(), lambda text: "x", context=9)
 
 
-class Broken(Environment, kind="test_broken"):
+class Broken(Environment):
     """Does what the problem's answer says, in the second turn."""
 
     def reset(self, problem, seed):
@@ -583,7 +583,7 @@ def test_a_function_with_a_docstring_has_the_schema_that_others_have():
 
 
 def test_errors_of_our_own_are_not_taken_for_the_world_s():
-    class Refusing(Environment, kind="test_refusing"):
+    class Refusing(Environment):
         def reset(self, problem, seed):
             raise InputError("mend your recipe")
 

@@ -167,11 +167,11 @@ def test_a_weighted_sum_has_the_steps_of_its_parts():
 
 
 def test_a_step_that_is_no_number_is_a_failure():
-    class Odd(Grader, kind="test_odd"):
+    class Odd(Grader):
         def grade(self, problem, text):
             return Grade(1.0, steps=((1, float("nan")),))
 
-    assert Grader.model_validate("test_odd").grades([written("a")])[0].failure == "the grader's step 1 is nan"
+    assert Odd().grades([written("a")])[0].failure == "the grader's step 1 is nan"
 
 
 def test_a_reward_function_of_trl_is_asked_for_all_answers_at_once():
