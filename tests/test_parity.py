@@ -213,11 +213,11 @@ def completions(end: int) -> list[tuple[list[int], list[int]]]:
 
 
 def oracle(
-    model: Loaded, folder: Path, scores: list[float | None] | None = None, **changes: Any
+    model: Loaded, folder: Path, scores: list[float | None] | None = None, more: list[float] | None = None, **changes: Any
 ) -> tuple[Any, Callable[[], dict[str, Tensor]]]:
     """A TRL GRPO trainer around the model; the function returns its scored batch of `completions`.
 
-    Twelve samples are two micro-batches of one update; two iterations, so that old log-probs are kept.
+    Twelve samples are two micro-batches of one update; two iterations, so that old log-probs are kept. more: a second reward.
     """
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -235,6 +235,7 @@ def oracle(
         assert len(completions) == len(given)
         return given
 
+    rewards: list[Any] = [reward] if more is None else [reward, lambda completions, **_: more]
     settings = {"use_bias_correction_kl": False, "epsilon": CLIP_LOW, "epsilon_high": CLIP_HIGH, **changes}
     arguments = trl.GRPOConfig(
         str(folder), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False,
@@ -244,7 +245,7 @@ def oracle(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trl.GRPOTrainer(
-            model.lm.model, reward, args=arguments, train_dataset=data, processing_class=model.tokenizer, rollout_func=rollout
+            model.lm.model, rewards, args=arguments, train_dataset=data, processing_class=model.tokenizer, rollout_func=rollout
         )
     trainer.current_gradient_accumulation_steps = 2
     trainer.model.train()
@@ -408,6 +409,23 @@ def test_advantages_equal_trls_own_normalisation(scale: str, scores: list[float]
     for group in range(GROUPS):
         members = scores[group * GROUP : (group + 1) * GROUP]
         assert (len(set(members)) == 1) == bool((ours[groups == group] == 0).all())
+
+
+def test_rewards_that_are_normalised_each_have_the_advantages_of_trls(tmp_path: Path) -> None:
+    """GDPO: `multi_objective_aggregation: normalize_then_sum`."""
+    lengths = [3.0, 9.0, 4.0, 4.0, 100.0, 250.0, 180.0, 90.0, 7.0, 7.0, 7.0, 7.0]
+    weights = {"right": 1.0, "short": -0.5}
+    model = loaded()
+    _, scored = oracle(
+        model, tmp_path, None, lengths, beta=0.0, multi_objective_aggregation="normalize_then_sum", reward_weights=[1.0, -0.5]
+    )
+    grades = [
+        Grade(score - 0.5 * length, {"right": score, "short": length}, weights=weights)
+        for score, length in zip(SCORES, lengths, strict=True)
+    ]
+    batch, _ = GRPO(rewards="each").credit(sampled(model, 1.0), grades, model.lm, Roles(), 1.0)
+    ours = batch.advantage[batch.seqs.trained_lengths.cumsum(0) - 1]
+    torch.testing.assert_close(ours, scored()["advantages"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

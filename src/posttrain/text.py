@@ -197,13 +197,14 @@ class Grade:
     """What a grader says: a score, or the reason why there is none. A failure is not a score.
 
     steps: where in the answer something was earned, as (sampled tokens up to there, how much), in order; they are parts of the
-    score, and whoever takes no notice of them learns from the score alone.
+    score, and whoever takes no notice of them learns from the score alone. weights: of the parts that the score is a sum of.
     """
 
     score: float | None
     parts: Mapping[str, float] = field(default_factory=dict)
     failure: str | None = None
     steps: tuple[tuple[int, float], ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from posttrain.evaluation.intervals import Figure, share
-from posttrain.tasks import Grader
+from posttrain.tasks import Grader, Task
 from posttrain.text import Problem, Sample
 
 FORMS = (
@@ -168,3 +168,22 @@ def _finding(name: str, probe: Callable[[Case], list[str]], cases: Sequence[Case
             if paid[-1] and not example:
                 example = f"{case.problem.id} (answer {case.gold!r}): {texts[-1][:80]!r} earns {scores[-1]:g}"
     return Finding(name, share(paid), failures, slowest, example)
+
+
+def holes_of(task: Task, problems: Sequence[Problem], seconds: float = 5.0) -> list[str]:
+    """What a run says of its reward before it begins: the probes that are paid, on as many problems as a few seconds allow.
+
+    Nothing of graders that only know episodes, or that have no score which means right.
+    """
+    grader = task.grader
+    if not problems or grader.of_episodes or grader.open_scale or task.environment is not None:
+        return []
+    began = time.perf_counter()
+    grader.grade_all([as_sample(problems[0], problems[0].answer or "")])
+    each = (len(PROBES) + len(FORMS)) * (time.perf_counter() - began)
+    found = audit(problems[: max(1, int(seconds / max(each, 1e-6)))], grader)
+    paid = [hole for hole in found.holes if hole.paid.value > 0]
+    if not paid:
+        return []
+    named = ", ".join(f"{hole.probe} ({hole.paid.value:.0%})" for hole in paid[:3]) + (", ..." if len(paid) > 3 else "")
+    return [f"grader {grader.kind} pays answers that should earn nothing: {named}; see them with `posttrain audit`"]

@@ -57,6 +57,9 @@ class PolicyGradient(OnPolicy):
     greedy answer (arXiv 2310.10505), or nothing."""
     scale: Scale = "group"
     """What the centred score is divided by: its group's deviation, the batch's, or nothing (arXiv 2503.20783)."""
+    rewards: Literal["sum", "each"] = "sum"
+    """How the parts of a `weighted` reward come together. sum: as one score. each: every part is brought to mean 0 and deviation
+    1 in its group, then their weighted sum over the batch (GDPO, arXiv 2601.05242): none drowns in another's scale."""
     supervision: Supervision = "outcome"
     """What is made of the steps of an answer (turns of an episode, lines of a solution). outcome: nothing; the score is each
     token's. process: a token has the normalised rewards of its step and of those after it (arXiv 2402.03300). to_go: what is
@@ -93,6 +96,11 @@ class PolicyGradient(OnPolicy):
         if self.supervision != "outcome" and (self.baseline not in {"group", "leave_one_out"} or self.kl_as == "score"):
             raise ValueError(
                 f"supervision: {self.supervision} compares steps with those of the group; set baseline: group or leave_one_out, "
+                "and kl_as to anything but score"
+            )
+        if self.rewards == "each" and (self.baseline != "group" or self.supervision != "outcome" or self.kl_as == "score"):
+            raise ValueError(
+                "rewards: each normalises the parts of a score in their group; set baseline: group, supervision: outcome, "
                 "and kl_as to anything but score"
             )
         if self.scale == "group" and self.baseline in {"greedy", "none"}:
@@ -150,6 +158,8 @@ class PolicyGradient(OnPolicy):
         numbers: dict[str, int] = {}
         groups = torch.tensor([numbers.setdefault(sample.problem.id, len(numbers)) for sample, _ in scored], dtype=torch.long)
         scores = torch.tensor([score for _, score in scored], dtype=torch.float32)
+        if self.rewards == "each":
+            scores = of_each([grade for _, grade, _ in kept], groups)
         steps = None if self.supervision == "outcome" else stepwise([grade for _, grade, _ in kept], seqs)
         rollouts = Rollouts(
             seqs,
@@ -182,6 +192,8 @@ class PolicyGradient(OnPolicy):
         if steps is not None:
             of_steps = losses.step_advantages if self.supervision == "process" else losses.return_advantages
             advantage = of_steps(*steps, seqs.owner, groups, self.scale, leave_one_out=alone)
+        elif self.rewards == "each":  # whose parts have been compared in their groups
+            advantage = losses.group_advantages(scores, 0 * groups)[seqs.owner]
         elif self.baseline in {"group", "leave_one_out"}:
             advantage = losses.group_advantages(scores, groups, self.scale, leave_one_out=alone)[seqs.owner]
         else:
@@ -292,6 +304,18 @@ class PolicyGradient(OnPolicy):
         if batch.ref_logp is not None:
             stats["kl"] = (losses.kl_k3(logp, batch.ref_logp).sum(), count)
         return stats
+
+
+def of_each(grades: "Sequence[Grade]", groups: "Tensor") -> "Tensor":
+    """[B]: the weighted sum of the parts of each score, each normalised in its group. A score without parts is one."""
+    import torch
+
+    weights: dict[str, float] = {name: weight for grade in grades for name, weight in grade.weights.items()} or {"score": 1.0}
+    total = torch.zeros(len(grades))
+    for name, weight in weights.items():
+        part = torch.tensor([grade.parts.get(name, grade.score or 0.0) for grade in grades], dtype=torch.float32)
+        total += weight * losses.group_advantages(part, groups)
+    return total
 
 
 def stepwise(grades: "Sequence[Grade]", seqs: "Sequences") -> "tuple[Tensor, Tensor]":

@@ -39,6 +39,20 @@ class InProcess(Sampler, kind="in_process"):
         return Engine(policy, sampling, tuple(stop_ids), seed, self.rows)
 
 
+class ProcessSampler(InProcess, kind="process"):
+    """Samples for training in a process of its own, while the trainer learns: from weights that are `behind` rollouts old.
+
+    Which weights a rollout is drawn with is known beforehand and does not depend on who was faster. Each sample has the
+    log-probabilities that it was drawn with, so that ratios are right; `correction` of the objective weighs what has drifted.
+    A process that is killed is started anew, and no rollout is lost. Evaluations are sampled in the trainer.
+    """
+
+    behind: PositiveInt = 1
+    """How many rollouts are drawn ahead; the staleness of what is learned from."""
+    threads: PositiveInt | None = None
+    """Threads of the process; the trainer has the rest. null: half of them."""
+
+
 def sample(
     sampler: Sampler,
     policy: "LM",

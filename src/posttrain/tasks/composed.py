@@ -71,7 +71,7 @@ class ComposedGrader(Grader):
         return checked(Grade(self.composed(scores), {**scores, **inner}))
 
     def _stepwise(self, joined: Grade, grades: dict[str, Grade], length: int) -> Grade:
-        """With what the steps of the answer earn, where one of the others says so. length: the answer's tokens."""
+        """With what its parts weigh, and what the steps of the answer earn where one of the others says so. length: in tokens."""
         return joined
 
     @property
@@ -97,7 +97,10 @@ class WeightedGrader(ComposedGrader, kind="weighted"):
 
     def _stepwise(self, joined: Grade, grades: dict[str, Grade], length: int) -> Grade:
         """The steps of all; what a grader without steps says is earned at the end."""
-        if joined.score is None or not any(grade.steps for grade in grades.values()):
+        if joined.score is None:
+            return joined
+        joined = replace(joined, weights={name: part.weight for name, part in self.parts.items()})
+        if not any(grade.steps for grade in grades.values()):
             return joined
         all_steps = [
             (end, self.parts[name].weight * reward)

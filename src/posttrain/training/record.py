@@ -12,6 +12,7 @@ import torch
 
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.watch import signs
 
 if TYPE_CHECKING:
     from posttrain.training.fit import Training
@@ -47,6 +48,10 @@ class Lines:
         staged.write_bytes(b"".join(line + b"\n" for line in kept))
         staged.replace(self.path)
 
+    def read(self) -> list[dict[str, Any]]:
+        """Every line; nothing where there is no file."""
+        return [json.loads(line) for line in self.path.read_bytes().splitlines()] if self.path.exists() else []
+
     def add(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -63,6 +68,7 @@ class Recorder:
     validate: "Callable[[Training], dict[str, Any]]" = lambda _: {}
     show: Show = lambda _run, _metrics: None
     interrupted: Callable[[], str | None] = lambda: None
+    say: Callable[[str], None] = lambda _line: None
     best: dict[str, Any] | None = None  # {"step", "value"} of the best validation
     since_best: int = 0
     notes: list[str] = field(default_factory=list)
@@ -89,6 +95,9 @@ class Recorder:
         for one, grade in update.samples[:SHOWN_SAMPLES]:
             asked = {"id": one.problem.id, "prompt": one.problem.prompt[-1].content, "answer": one.problem.answer}
             self.samples.add({"step": run.step, **asked, "index": one.index, "text": one.text, "score": grade.score})
+        if due and "reward" in metrics:
+            for sign in signs(self.metrics.read(), self.validation.every if self.validation else 1):
+                self.say(sign)
         self.show(run, {**metrics, "tokens": tokens, "seconds": seconds})
         why = self.interrupted()
         if run.step % self.checkpoints.every == 0 or run.step == run.steps or (why or run.stopped) is not None:

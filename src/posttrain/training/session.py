@@ -1,6 +1,7 @@
 """The few lines that put a training together: model, tuner, data or samples, optimizer; and take them up where they were."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,33 +14,29 @@ from posttrain.batch import Sequences
 from posttrain.data.dataset import Data, Loaded, Rendered
 from posttrain.data.render import Template
 from posttrain.evaluation import evaluate
-from posttrain.models.classifier import LoadedClassifier
-from posttrain.models.heads import head_parameters
+from posttrain.evaluation.audit import holes_of
 from posttrain.models.lm import LM
-from posttrain.models.load import Loaded as LoadedLM
-from posttrain.models.load import LoadedScalar, save
+from posttrain.models.load import save
 from posttrain.models.products import bfloat16_is_slow
-from posttrain.models.quantized import quantized
 from posttrain.models.reward import normalise, save_reward_model
 from posttrain.models.roles import Roles
 from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import ModelSource
-from posttrain.objectives import Classify, Objective, OnPolicy, RewardObjective
-from posttrain.rl import OnPolicyStream
-from posttrain.text import RenderedRow
-from posttrain.training.beginning import begin_from_rows
+from posttrain.objectives import Objective, OnPolicy, RewardObjective
+from posttrain.rl import OnPolicyStream, Source
+from posttrain.rl.behind import Behind
+from posttrain.sampling import ProcessSampler
+from posttrain.text import Problem, RenderedRow
 from posttrain.training.fit import Learner, Stats, Training, annotated, fit, in_pieces, term_stats
 from posttrain.training.record import INTERRUPTIONS, Recorder, Show
-from posttrain.training.roles import actor_critic, cached_references, frozen_roles, new_head
+from posttrain.training.roles import actor_critic, cached_references, frozen_roles
 from posttrain.training.settings import TrainSettings
+from posttrain.training.starting import drawer_of, starting_policy
 from posttrain.training.updates import Item, Mixed, RowUpdates, SampledUpdates, Update, Updates
 from posttrain.tuners import Tuner, tuned
 from posttrain.tuners.folder import foldable, save_adapter
-from posttrain.tuners.load import load, load_classifier, load_scalar
-from posttrain.tuners.tuner import refuse_quantized
 
 UNBOUNDED = 10**9  # steps of a run whose end is a time
-CLASS_HEAD = 0.02  # deviation of a classifier's new head: all classes are about equally likely at the start
 
 
 @dataclass
@@ -69,38 +66,31 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
     session.folder.mkdir(parents=True, exist_ok=True)
     rows = Rows.read(settings)
     settings = rows.settled(settings)
-    loaded = starting_model(settings, session.seed)
+    loaded, template = starting_policy(settings, session.folder, session.seed, rows.data, rows.needs_chat)
     dtype = settings.model.dtype
     if dtype in {"mixed", "bfloat16"} and loaded.lm.device.type == "cpu" and bfloat16_is_slow():
         session.say(f"this CPU has no instructions for bfloat16: model.dtype: float32 is many times faster than {dtype}")
-    template = Template(loaded.tokenizer, settings.task is not None or settings.validation.task is not None or rows.needs_chat)
-    if quantized(loaded.lm.model):
-        refuse_quantized(settings.tuner, str(settings.model.path))
-    with torch.random.fork_rng():
-        torch.manual_seed(draws.key(session.seed, "tuner") % 2**63)
-        settings.tuner.install(loaded.lm.model)
-    if settings.tuner.reads_rows:
-        begin_from_rows(settings, session.folder, session.seed, loaded.lm, template, rows.data)
-    for parameter in head_parameters(loaded.lm.model).values():
-        parameter.requires_grad_(True)  # under every tuner
     learners = {"policy": Learner.of(tuned(loaded.lm.model), settings.optim, settings.tuner)}
     policy: Any = loaded.lm
     if settings.critic is not None:
         assert isinstance(loaded.lm, LM)
         policy, learners["critic"] = actor_critic(settings, settings.critic, loaded.lm, loaded.tokenizer, session.seed)
     roles = frozen_roles(settings, loaded, learners["policy"].parameters, session.say)
-    updates, steps = make_updates(settings, session, policy, template, roles, rows)
+    held = ExitStack()
+    updates, steps = make_updates(settings, session, policy, template, roles, rows, held)
     micro_tokens = settings.batch.at_a_time(loaded.lm.device.type)
     run = Training(policy, learners, updates, steps, roles, micro_tokens, session.seconds)
     record = Recorder(
         session.folder, session.owner, settings.checkpoint, settings.validation if measures(settings) else None,
         validator(settings, session, policy, template, rows, roles), session.show, session.interrupted,
+        session.say,
     )  # fmt: skip
     if record.resume(run):
         session.say(f"resumed from step {run.step}")
     for note in record.notes:
         session.say(f"skipped a damaged checkpoint: {note}")
-    fit(run, record)
+    with held:
+        fit(run, record)
     if run.stopped in INTERRUPTIONS:
         return {"interrupted": run.stopped}
     if run.stopped:
@@ -116,14 +106,6 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
         "learning_rate": learners["policy"].optim.peak,
         **session.facts,
     }
-
-
-def starting_model(settings: TrainSettings, seed: int) -> LoadedLM | LoadedScalar | LoadedClassifier:
-    """A model of the sort that the objective trains; its head, where it has none, is drawn."""
-    objective = settings.objective
-    if isinstance(objective, Classify):
-        return load_classifier(settings.model, new_head(seed, CLASS_HEAD), objective.classes, objective.new_head)
-    return load_scalar(settings.model, new_head(seed)) if objective.scores else load(settings.model)
 
 
 @dataclass(frozen=True)
@@ -160,18 +142,19 @@ class Rows:
 
 
 def make_updates(
-    settings: TrainSettings, session: Session, policy: LM, template: Template, roles: Roles, rows: Rows
+    settings: TrainSettings, session: Session, policy: LM, template: Template, roles: Roles, rows: Rows, held: ExitStack
 ) -> tuple[Updates, int]:
-    """Where updates come from, and how many there will be."""
+    """Where updates come from, and how many there will be. held: lets go of what they hold, when training is over."""
     objective = settings.objective
     if isinstance(objective, OnPolicy):
         assert settings.task is not None
         problems = settings.task.problems()
         session.facts["problems"] = len(problems)
-        stream = OnPolicyStream(
-            objective, problems, settings.task.grader, settings.sampler, settings.rollout, policy, template, roles, session.seed,
-            session.say, settings.task.environment,
-        )  # fmt: skip
+        if not (session.folder / "metrics.jsonl").exists():  # which a run has that is taken up again
+            for hole in holes_of(settings.task, problems[: settings.rollout.audit]):
+                session.say(hole)
+        source = rollouts_of(settings, session, policy, template, roles, problems, held)
+        stream = OnPolicyStream(objective, source, settings.rollout, policy, roles, session.seed, session.say)
         updates: Updates = SampledUpdates(stream)
         steps = settings.steps or UNBOUNDED
     else:
@@ -199,6 +182,25 @@ def make_updates(
         more = RowUpdates(settings.mix.objective, table, places, weights, settings.mix.rows, draws.key(session.seed, "mix"))
         updates = Mixed(updates, more, settings.mix.weight)
     return updates, steps
+
+
+def rollouts_of(
+    settings: TrainSettings, session: Session, policy: LM, template: Template, roles: Roles, problems: list[Problem],
+    held: ExitStack,
+) -> Source:  # fmt: skip
+    """Where rollouts come from: this process, or one beside it."""
+    if not isinstance(settings.sampler, ProcessSampler):
+        return drawer_of(settings, policy, template, roles, problems, session.seed)
+    threads = torch.get_num_threads()
+    theirs = settings.sampler.threads or max(1, threads // 2)
+    held.callback(torch.set_num_threads, threads)
+    torch.set_num_threads(max(1, threads - theirs))
+    dumped = settings.model_dump(mode="json")
+    known = {name: dumped[name] for name in TrainSettings.model_fields if name not in {"seconds", "epochs"}}
+    task = {"settings": {**known, "steps": 1}, "folder": str(session.folder), "seed": session.seed, "threads": theirs}
+    source = Behind("posttrain.training.apart", task, tuned(policy.model), settings.sampler.behind, session.say)
+    held.callback(source.close)
+    return source
 
 
 def shares(data: Data, table: list[list[RenderedRow]]) -> list[float]:

@@ -13,7 +13,7 @@ from posttrain.evaluation import Evaluation
 from posttrain.models.source import ModelSource, refuse_other_tokens
 from posttrain.objectives import Objective, OnPolicy, RewardObjective
 from posttrain.rl import Rollout
-from posttrain.sampling import InProcess, Sampler
+from posttrain.sampling import InProcess, ProcessSampler, Sampler
 from posttrain.tasks import Task
 from posttrain.text import Row
 from posttrain.training.optim import AdamW, Optimizer
@@ -224,6 +224,8 @@ class TrainSettings(Settings):
                     "rollout.sampling: top_k, top_p and min_p are for evaluation; an objective that samples needs the policy's "
                     "own distribution; remove them"
                 )
+            if isinstance(self.sampler, ProcessSampler) and "reference" in self.objective.also_samples:
+                raise ValueError(f"sampler: process: objective {kind} also samples from the reference, which is the trainer's")
             self.objective.check_rollout(self.rollout.problems, self.rollout.per_problem)
             if self.rollout.sampling.temperature == 0:
                 raise ValueError(
