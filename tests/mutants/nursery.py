@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  #
 from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-OPTIONS = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly", "--tb=line", "--assert=plain"]
+OPTIONS = ["-x", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly", "--tb=line", "--assert=plain"]
 CRASHED = 70
 
 

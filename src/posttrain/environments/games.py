@@ -6,7 +6,6 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from posttrain import draws
 from posttrain.environments.environment import Environment, Episode, Opening, Turn
 from posttrain.text import Message, Problem
 
@@ -41,6 +40,8 @@ class _Guessing(Episode):
 
 def numbers_to_guess(count: int = 200, highest: int = 20, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Problems for guess_number."""
+    from posttrain import draws
+
     for number in range(count):
         secret = int(draws.generator(seed, "guess", number).integers(1, highest + 1))
         yield {"id": f"guess-{number}", "prompt": f"Guess a number from 1 to {highest}.", "answer": str(secret)}
@@ -95,7 +96,9 @@ class _Walk(Episode):
 
 
 def rooms_to_walk(count: int = 200, rooms: int = 5, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Problems for rooms: the start, the key and the door are never all in one place."""
+    """Problems for rooms: the start, the key and the door are in three of them."""
+    from posttrain import draws
+
     prompt = f"Find the key, then open the door. Say {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}."
     for number in range(count):
         start, key, door = (int(each) for each in draws.generator(seed, "rooms", number).permutation(rooms)[:3] + 1)
