@@ -17,15 +17,13 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from posttrain import draws
 from posttrain.batch import Sequences
-from posttrain.models.actor_critic import ActorCritic
 from posttrain.models.lm import LM
 from posttrain.models.load import fresh, wrap_scalar
 from posttrain.models.roles import Frozen, Roles
 from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import ModelSource
-from posttrain.objectives import PPO, SFT, BradleyTerry, Objective
-from posttrain.rl import OnPolicyStream
-from posttrain.rl.rollouts import Rollout
+from posttrain.objectives import SFT, BradleyTerry, Objective, OnPolicy
+from posttrain.rl import Drawer, OnPolicyStream, Rollout
 from posttrain.sampling import InProcess, Sampling
 from posttrain.tasks import Grader
 from posttrain.text import Grade, Message, Problem, RenderedRow, Sample
@@ -254,12 +252,13 @@ class LetterGrader(Grader):
 
 
 def sampled_updates(
-    objective: PPO, grader: Grader, policy: ActorCritic, roles: Roles, rollout: Rollout, seed: int
+    objective: OnPolicy, grader: Grader, policy: Any, roles: Roles, rollout: Rollout, seed: int
 ) -> SampledUpdates:
     problems = [Problem(f"string {index}", (Message("user", ""),)) for index in range(rollout.problems)]
     roles.controls.update(objective.controls())
     template: Any = Alphabet()
-    return SampledUpdates(OnPolicyStream(objective, problems, grader, InProcess(), rollout, policy, template, roles, seed))
+    source = Drawer(objective, problems, grader, InProcess(), rollout, policy, template, roles, seed)
+    return SampledUpdates(OnPolicyStream(objective, source, rollout, policy, roles, seed))
 
 
 def rollout_of(samples: int, epochs: int, minibatches: int) -> Rollout:

@@ -133,7 +133,7 @@ def graded_by(run, scores):
             run.asked.append(stream.rollout)
         return [Grade(float(scores(stream.rollout, row))) for row in range(len(samples))]
 
-    stream.grader = SimpleNamespace(grades=grade_all, prepare=lambda _: None)
+    stream.source.grader = SimpleNamespace(grades=grade_all, prepare=lambda _: None)
 
 
 @pytest.mark.parametrize("first", [1, 2, 10])
@@ -188,7 +188,7 @@ def test_pairs_are_scored_anew_and_what_the_sampler_said_plays_no_part(temperatu
         home, tmp_path, {"kind": "online_dpo", "beta": 0.3}, reference=str(home / "other"), rollout=rollout(temperature), steps=1
     )
     stream, said = again.updates.stream, Seen()
-    whole = stream._answers
+    whole = stream.source._answers
 
     def lying(*args):
         return [
@@ -196,7 +196,7 @@ def test_pairs_are_scored_anew_and_what_the_sampler_said_plays_no_part(temperatu
             for one in whole(*args)
         ]
 
-    stream._answers = lying
+    stream.source._answers = lying
     fit(again, said)
     assert said.figures[0]["loss/preference"] == pytest.approx(float(-logsigmoid(0.3 * margin).mean()), rel=1e-4)
     assert said.figures[0]["margin"] == pytest.approx(float(margin.mean()), rel=1e-4)

@@ -26,7 +26,7 @@ from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import ModelSource
 from posttrain.objectives import Objective
 from posttrain.pipeline.recipe import Recipe
-from posttrain.rl import OnPolicyStream, Rollout
+from posttrain.rl import Drawer, OnPolicyStream, Rollout
 from posttrain.sampling import InProcess, Sampling
 from posttrain.tasks.grader import Grader
 from posttrain.text import Grade, Message, Problem, Sample
@@ -759,9 +759,9 @@ def played(objective, reference, rewards, start=None, steps=60, samples=96, rate
     roles = Roles(reference=Frozen(frozen), controls=objective.controls())
     problem = Problem("bandit", (Message("user", "?"),))
     drawn = Rollout(problems=1, per_problem=samples, sampling=Sampling(max_tokens=1), **plan)
-    stream = OnPolicyStream(
-        objective, [problem], Arms(rewards=rewards), InProcess(), drawn, policy, Words(len(rewards)), roles, 0
-    )
+    words = Words(len(rewards))
+    source = Drawer(objective, [problem], Arms(rewards=rewards), InProcess(), drawn, policy, words, roles, 0)
+    stream = OnPolicyStream(objective, source, drawn, policy, roles, 0)
     fit(Training(policy, learners, SampledUpdates(stream), steps, roles), Seen())
     return chances(lm)
 

@@ -142,8 +142,9 @@ class Rows:
 
 
 def make_updates(
-    settings: TrainSettings, session: Session, policy: LM, template: Template, roles: Roles, rows: Rows, held: ExitStack
-) -> tuple[Updates, int]:
+    settings: TrainSettings, session: Session, policy: LM, template: Template, roles: Roles, rows: Rows,
+    held: ExitStack | None = None,
+) -> tuple[Updates, int]:  # fmt: skip
     """Where updates come from, and how many there will be. held: lets go of what they hold, when training is over."""
     objective = settings.objective
     if isinstance(objective, OnPolicy):
@@ -153,7 +154,7 @@ def make_updates(
         if not (session.folder / "metrics.jsonl").exists():  # which a run has that is taken up again
             for hole in holes_of(settings.task, problems[: settings.rollout.audit]):
                 session.say(hole)
-        source = rollouts_of(settings, session, policy, template, roles, problems, held)
+        source = rollouts_of(settings, session, policy, template, roles, problems, held or ExitStack())
         stream = OnPolicyStream(objective, source, settings.rollout, policy, roles, session.seed, session.say)
         updates: Updates = SampledUpdates(stream)
         steps = settings.steps or UNBOUNDED
