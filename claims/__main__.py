@@ -13,7 +13,7 @@ from typing import Any
 
 from claims.claim import RESULTS, Claim, run
 
-NAMES = ("t1", "t2", "t3", "t4", "t5", "t6", "t7", "t16", "t17", "t18", "t19", "t21")
+NAMES = ("t1", "t2", "t3", "t4", "t5", "t6", "t7", "t9", "t10", "t11", "t16", "t17", "t18", "t19", "t21")
 PAGE = Path(__file__).parents[1] / "docs" / "claims.md"
 BEGIN, FINISH = "<!-- from claims/results by `python -m claims --table` -->", "<!-- end of the table -->"
 

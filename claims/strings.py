@@ -161,12 +161,14 @@ def scores(lm: ScalarLM) -> Tensor:
 
 @dataclass
 class Watcher:
-    """Stands where a recorder stands: asks `look` every so many updates."""
+    """Stands where a recorder stands: asks `look` every so many updates, and hands every update's figures to `figures`."""
 
     every: int
     look: Callable[[Training], None]
+    figures: Callable[[dict[str, float]], None] = lambda _: None
 
-    def step(self, run: Training, *_: Any) -> None:
+    def step(self, run: Training, _update: Any, figures: dict[str, float], _seconds: float) -> None:
+        self.figures(figures)
         if run.step % self.every == 0:
             self.look(run)
 
@@ -251,10 +253,48 @@ class LetterGrader(Grader):
         return [Grade(self.worth[one.tokens.count(WANTED)]) for one in samples]
 
 
+class BeginsGrader(Grader):
+    """1 where a string begins with the wanted letter."""
+
+    def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
+        return [Grade(float(one.tokens[1] == WANTED)) for one in samples]
+
+
+class SetGrader(Grader):
+    """1 where a string is one of a set, given by their numbers."""
+
+    right: tuple[int, ...]
+
+    def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
+        chosen = set(self.right)
+        return [Grade(float(number_of(one.tokens[1:]) in chosen)) for one in samples]
+
+
+def number_of(tokens: Sequence[int]) -> int:
+    """Which of all strings it is."""
+    row = [each for each in tokens if each != END]
+    shorter = sum(LETTERS**length for length in range(len(row)))
+    return shorter + sum((each - 1) * LETTERS ** (len(row) - 1 - place) for place, each in enumerate(row))
+
+
+def chosen(chances: Tensor, share: float, seed: int) -> Tensor:
+    """Random strings whose probabilities add up to nearly `share`."""
+    order = torch.from_numpy(draws.generator(seed, "claims", "set", str(share)).permutation(len(chances)))
+    likely = chances[order]
+    fits = likely < share / 8  # no single one decides
+    order, likely = order[fits], likely[fits]
+    return order[likely.cumsum(0) <= share]
+
+
+def problems_of(rollout: Rollout) -> list[Problem]:
+    """As many as a rollout has, all the same."""
+    return [Problem(f"string {index}", (Message("user", ""),)) for index in range(rollout.problems)]
+
+
 def sampled_updates(
     objective: OnPolicy, grader: Grader, policy: Any, roles: Roles, rollout: Rollout, seed: int
 ) -> SampledUpdates:
-    problems = [Problem(f"string {index}", (Message("user", ""),)) for index in range(rollout.problems)]
+    problems = problems_of(rollout)
     roles.controls.update(objective.controls())
     template: Any = Alphabet()
     source = Drawer(objective, problems, grader, InProcess(), rollout, policy, template, roles, seed)

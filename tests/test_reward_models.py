@@ -626,7 +626,7 @@ def test_sections_that_do_not_go_with_a_reward_model_are_refused(changes, messag
 
 
 def test_rows_that_a_reward_objective_cannot_learn_from_are_refused_before_weights_are_read(monkeypatch, tmp_path):
-    monkeypatch.setattr("posttrain.training.session.load_scalar", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("posttrain.training.starting.load_scalar", lambda *_: pytest.fail("weights were read"))
     tied = [{"prompt": "a?", "completions": ["b", "c", "d"], "scores": [1, 2, 2]}]
     with pytest.raises(DataError, match="two answers share the highest score; objective best_of_k needs one best"):
         trained(tmp_path, objective="best_of_k", rows=tied)

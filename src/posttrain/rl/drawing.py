@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from posttrain.errors import RunError
+from posttrain.rl.curriculum import Deck
 from posttrain.rl.plan import Rollout
 from posttrain.sampling import Sampler, Sampling, sample
 from posttrain.text import Grade, Problem, Sample
@@ -51,14 +52,12 @@ class Drawer:
         self, objective: "OnPolicy", problems: Sequence[Problem], grader: "Grader", sampler: Sampler, plan: Rollout, policy: "LM",
         template: "Template", roles: "Roles", seed: int, environment: "Environment | None" = None,
     ) -> None:  # fmt: skip
-        from posttrain.data.stream import Stream
-
         grader.prepare(template)
         self.objective, self.grader, self.environment = objective, grader, environment
         self.refills = objective.refills if plan.refill is None else plan.refill
-        self.problems, self.sampler, self.plan = problems, sampler, plan
+        self.sampler, self.plan = sampler, plan
         self.policy, self.template, self.roles, self.seed = policy, template, roles, seed
-        self.stream = Stream([len(problems)], None, seed)
+        self.deck = Deck(problems, plan.curriculum, seed)
         self.rollout = self.version = 0
 
     def take(self, rollout: int, version: int) -> Drawn:
@@ -69,21 +68,22 @@ class Drawer:
         return Drawn(tuple(drawn), (*kept, *zip(others, self.grader.grades(others), strict=True)))
 
     def state(self) -> dict[str, Any]:
-        return self.stream.state()
+        return self.deck.state()
 
     def load(self, state: dict[str, Any]) -> None:
-        self.stream.load(state)
+        self.deck.load(state)
 
     def close(self) -> None:
         """Nothing is held."""
 
     def _draw(self, *address: int | str) -> list[tuple[Sample, Grade]]:
         """The policy's answers to the next problems, and their grades."""
-        chosen = [self.problems[row] for _, row in self.stream.take(self.plan.problems)]
-        samples = self._answers(self.policy, list({problem.id: problem for problem in chosen}.values()), *address)
+        samples = self._answers(self.policy, self.deck.take(self.plan.problems), *address)
         grades = self.grader.grades(samples)
         self._check_failures(grades)
-        return list(zip(samples, grades, strict=True))
+        drawn = list(zip(samples, grades, strict=True))
+        self.deck.measured(drawn)
+        return drawn
 
     def _refilled(self, drawn: list[tuple[Sample, Grade]]) -> list[tuple[Sample, Grade]]:
         """What is learned from: with `refill` the first `problems` whose answers differ in their scores. Adds to `drawn`."""
