@@ -228,8 +228,8 @@ class TrainSettings(Settings):
                 raise ValueError(f"sampler: process: objective {kind} also samples from the reference, which is the trainer's")
             if self.rollout.curriculum is not None and self.task.grader.open_scale:
                 raise ValueError(
-                    f"rollout.curriculum: grader {self.task.grader.kind} has scores of any size, and a rate is from 0 to 1; leave "
-                    "it out"
+                    f"rollout.curriculum: grader {self.task.grader.kind} has scores of any size, and a rate is from 0 to 1; "
+                    "leave it out"
                 )
             self.objective.check_rollout(self.rollout.problems, self.rollout.per_problem)
             if self.rollout.sampling.temperature == 0:
