@@ -10,8 +10,8 @@ class Curriculum(Settings):
     """Which problems are drawn, by how often they were solved so far. The score of an answer is what is measured, from 0 to 1."""
 
     replay: float = Field(default=0.25, ge=0, lt=1)
-    """The share of a rollout's problems that have been drawn before: those whose measured rate is nearest to `target`, first those
-    that have not been drawn for longest. Problems that are always solved are not drawn again."""
+    """The share of a rollout's problems that have been drawn before: those whose measured rate is nearest to `target`, first
+    those that have not been drawn for longest. Problems that are always solved are not drawn again."""
     target: float = Field(default=0.3, ge=0, lt=1)
     """The rate of those that are drawn again. 0.5 teaches most in one rollout; below it stand the hard ones."""
     skip: float = Field(default=1.0, gt=0, le=1)

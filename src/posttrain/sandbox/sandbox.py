@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -50,6 +50,7 @@ class Running:
     ) -> None:
         self.process, self.deadline, self.most, self.folder = process, deadline, most, folder
         self._ready = False
+        self.also_end: Callable[[], Any] = lambda: None  # what else ends it
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Raises SandboxLost where nobody reads it in time, SandboxFailed where the script has not begun."""
@@ -91,6 +92,7 @@ class Running:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
+        self.also_end()
         children = _children(self.process.pid)
         for child in children:
             with contextlib.suppress(ProcessLookupError):
