@@ -104,6 +104,7 @@ def test_a_trainer_that_is_stopped_goes_on_with_the_next_rollout(unbroken, tmp_p
     assert [row.get("stale", 0.0) for row in rows(folder)] == [0.0, 1.0, 0.0, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_sampler_whose_trainer_is_killed_ends(tmp_path):
     code = (
         "import sys; from pathlib import Path; from tiny_runs import text, train;"

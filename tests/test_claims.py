@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from claims import __main__ as claims
-from claims import strings, symbols, t1, t2, t3, t4, t5, t6, t7, t16, t17, t18, t19, t21
+from claims import strings, symbols, t1, t2, t3, t4, t5, t6, t7, t9, t10, t11, t16, t17, t18, t19, t21
 from claims.claim import exact, number, run
 from posttrain import draws
 from posttrain.batch import Sequences
@@ -67,6 +67,35 @@ def test_a_delta_is_small_near_and_nearer_after_its_distillation(tmp_path):
     assert checks["a normal difference"]
     numbers = found["numbers"]
     assert numbers["32: kl 4 bits"]["value"] < numbers["32: kl signs"]["value"] < numbers["32: kl base"]["value"]
+
+
+@pytest.mark.slow  # quick forms of what `make claims` runs
+def test_lengths_entropies_and_accuracies_are_measured_while_policies_learn(tmp_path):
+    assert quick(t9, tmp_path)["checks"]["pass@8 does not fall"] in (True, False)
+    assert quick(t10, tmp_path)["numbers"]["growth grpo"]["seeds"]
+    found = quick(t11, tmp_path)
+    assert found["checks"]["the closed form is 0.5695 and 0.9922"]
+    for share in t11.SHARES:
+        assert abs(found["numbers"][f"p {share:g}"]["value"] - share) < 0.05
+
+
+def test_a_token_of_a_short_wrong_answer_weighs_ten_times_one_of_a_long_one_under_grpo_alone():
+    assert {kind: round(t10.weight_ratio(kind), 5) for kind in t10.KINDS} == {"grpo": 10.0, "dr_grpo": 1.0, "dapo": 1.0}
+
+
+def test_a_group_is_mixed_as_often_as_the_closed_form_says():
+    assert (round(t11.mixed(0.1), 4), round(t11.mixed(0.5), 4)) == (0.5695, 0.9922)
+
+
+def test_every_string_is_known_by_its_number():
+    for index in (0, 1, 8, 9, 72, 73, 4680, 37448):
+        tokens, _ = strings.rendered(index)
+        assert strings.number_of(tokens[1:]) == index
+
+
+def test_a_part_of_a_reward_is_learned_where_its_mean_of_five_is_nearly_the_last():
+    assert t9.learned_at([0.0] * 5 + [1.0] * 10) == 10.0  # the mean of updates 6 to 10 is 1, of 5 to 9 it is 0.8
+    assert t9.learned_at([1.0] * 9) == 1.0
 
 
 def test_the_rows_of_the_delta_are_written_again_and_backwards():

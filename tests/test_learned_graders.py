@@ -249,7 +249,7 @@ def test_a_weighted_sum_keeps_its_parts_and_they_are_logged_by_name(home, sample
 def test_where_one_part_fails_there_is_no_score_and_no_part():
     grader = weighted(long=(LONG, 1.0), odd=(ODD, 1.0))
     grades = grader.grade_all([asked("p", "four"), asked("q", "fives")])
-    assert grades[0] == Grade(5.0, {"long": 4.0, "odd": 1.0})
+    assert grades[0] == Grade(5.0, {"long": 4.0, "odd": 1.0}, weights={"long": 1.0, "odd": 1.0})
     assert grades[1] == Grade(None, failure="odd: test_learned_graders:sometimes returned nan")
     stats = describe([asked("p", "four"), asked("q", "fives")], grades)
     assert (stats["ungraded"], stats["reward/long"]) == ((1.0, 2), (4.0, 1))
