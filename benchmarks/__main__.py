@@ -67,7 +67,7 @@ def sft(shape: str, steps: int, *others: Engine) -> Work:
     )  # fmt: skip
 
 
-def grpo(shape: str, steps: int, what: str) -> Work:
+def grpo(shape: str, steps: int, what: str, group: int = 8, prompt: int = 0) -> Work:
     whole = {"per_device_train_batch_size": 32}
     engines = (
         Engine("posttrain mixed", "posttrain", {"dtype": "mixed"}),
@@ -77,8 +77,9 @@ def grpo(shape: str, steps: int, what: str) -> Work:
         Engine("TRL without checkpointing", "trl", {**PLAIN, **whole}),
         Engine("TRL without checkpointing, float32", "trl", {**PLAIN, **whole, "bf16": False}),
     )
-    name = f"GRPO, {shape.partition('-')[0]} vocabulary, 4 prompts x 8 samples x at most 128 tokens: {what}"
-    return Work(name, "grpo", shape, steps, engines)
+    sizes = f"{32 // group} prompts{f' of {prompt} tokens' if prompt else ''} x {group} samples x at most 128 tokens"
+    name = f"GRPO, {shape.partition('-')[0]} vocabulary, {sizes}: {what}"
+    return Work(name, "grpo", shape, steps, engines, options={"group": group, "prompt": prompt})
 
 
 def pairs(shape: str, steps: int, work: str, name: str, ours: dict[str, Any], theirs: dict[str, Any], *others: Engine) -> Work:
@@ -100,6 +101,11 @@ WORKS = {
     "sft-128k": sft("128k", 6),
     "grpo-4k": grpo("4k", 5, "none ends before its 128 tokens"),
     "grpo-4k-taught": grpo("4k-taught", 6, "a model whose answers end by themselves"),
+    "grpo-4k-g4": grpo("4k", 5, "none ends before its 128 tokens", group=4),
+    "grpo-4k-g16": grpo("4k", 5, "none ends before its 128 tokens", group=16),
+    "grpo-4k-long-g4": grpo("4k", 4, "none ends before its 128 tokens", group=4, prompt=512),
+    "grpo-4k-long-g8": grpo("4k", 4, "none ends before its 128 tokens", prompt=512),
+    "grpo-4k-long-g16": grpo("4k", 4, "none ends before its 128 tokens", group=16, prompt=512),
     "grpo-32k": grpo("32k", 3, "none ends before its 128 tokens"),
     "dpo-4k": pairs("4k", 10, "dpo", "DPO on HH, 4k vocabulary", {}, {}),
     "dpo-4k-lora": pairs("4k", 10, "dpo", "DPO with LoRA on HH, 4k vocabulary", LORA, {"lora": True}),

@@ -1,16 +1,17 @@
-"""A whole step of GRPO: 4 prompts x 8 samples x at most 128 tokens, one update. Every sample has an advantage."""
+"""A whole step of GRPO: some prompts, the samples of each, at most 128 tokens, one update. Every sample has an advantage."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.machine import peak_megabytes
 from benchmarks.models import HOME, PROBLEMS, SEED, model_folder
 from benchmarks.sft import BEGAN, RATE, clock, metrics
+from posttrain.data.source import Source
 from posttrain.tasks.grader import Grader
 from posttrain.text import Grade, Problem
 
-GROUPS, GROUP, BUDGET = 4, 8, 128
+SAMPLES, GROUP, BUDGET = 32, 8, 128  # of an update; of a prompt, by default
 
 
 class Letters(Grader):
@@ -24,7 +25,26 @@ def letters(text: str) -> float:
     return len(set(text)) + len(text) / 1000
 
 
-def posttrain(shape: str, steps: int, dtype: str = "float32", **changes: Any) -> dict[str, Any]:
+def problems(count: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """Prompts of at least so many tokens of tiny-base's tokenizer: story problems, one after another. 0: as they are."""
+    rows = [raw.value for raw in Source.model_validate({**PROBLEMS, "rows": "0:4000"}).read()]
+    texts = [row["prompt"][-1]["content"] for row in rows]
+    for index in range(count):
+        number, prompt = index, texts[index]
+        while len(prompt) < 3.2 * tokens:  # characters of a token
+            number = (number + 977) % len(texts)
+            prompt += "\n" + texts[number]
+        yield {"id": f"problem-{index}", "prompt": prompt, "answer": "0"}
+
+
+def source(steps: int, group: int, prompt: int) -> dict[str, Any]:
+    arguments = {"count": steps * (SAMPLES // group), "tokens": prompt}
+    return {"kind": "function", "path": "benchmarks.grpo:problems", "arguments": arguments}
+
+
+def posttrain(
+    shape: str, steps: int, dtype: str = "float32", group: int = GROUP, prompt: int = 0, **changes: Any
+) -> dict[str, Any]:
     """The stage as a user would run it."""
     from posttrain import train
 
@@ -33,22 +53,24 @@ def posttrain(shape: str, steps: int, dtype: str = "float32", **changes: Any) ->
     stage = train(
         HOME, folder.name, model={"path": str(model_folder(shape)), "dtype": dtype},
         objective={"kind": "grpo", "aggregate": "token"},
-        task={"kind": "arithmetic", "source": {**PROBLEMS, "rows": f"0:{steps * GROUPS}"}, "grader": "benchmarks.grpo:Letters"},
-        rollout={"problems": GROUPS, "per_problem": GROUP, "sampling": {"max_tokens": BUDGET}}, steps=steps,
+        task={"kind": "problems", "source": source(steps, group, prompt), "grader": "benchmarks.grpo:Letters"},
+        rollout={"problems": SAMPLES // group, "per_problem": group, "sampling": {"max_tokens": BUDGET}, "audit": 0}, steps=steps,
         optim={"learning_rate": RATE, "schedule": "constant", "warmup": 0.0, "clip": 1.0}, seed=SEED, **changes,
     )  # fmt: skip
     lines = metrics(stage)
     return {
         "first": lines[0]["time"]["at"] - lines[0]["time"]["seconds"] - BEGAN,
         "seconds": [line["time"]["seconds"] for line in lines],
-        "tokens": [round(line["length"] * GROUPS * GROUP) for line in lines],
+        "tokens": [round(line["length"] * SAMPLES) for line in lines],
         "rewards": [line["reward"] for line in lines],
         "mismatch": max(line["mismatch"] for line in lines),
         "peak": peak_megabytes(),
     }
 
 
-def trainer(shape: str, steps: int, watch: Any = None, **options: Any) -> tuple[Any, list[int]]:
+def trainer(
+    shape: str, steps: int, watch: Any = None, group: int = GROUP, prompt: int = 0, **options: Any
+) -> tuple[Any, list[int]]:
     """TRL's `GRPOTrainer` on the same problems, and the list to which it appends the tokens of each rollout."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,7 +78,7 @@ def trainer(shape: str, steps: int, watch: Any = None, **options: Any) -> tuple[
 
     from posttrain.tasks import Task
 
-    task = Task.model_validate({"kind": "arithmetic", "source": PROBLEMS, "limit": steps * GROUPS})
+    task = Task.model_validate({"kind": "problems", "source": source(steps, group, prompt), "grader": "exact"})
     chats = [[{"role": each.role, "content": each.content} for each in problem.prompt] for problem in task.problems()]
     tokens: list[int] = []
 
@@ -65,9 +87,10 @@ def trainer(shape: str, steps: int, watch: Any = None, **options: Any) -> tuple[
         return [letters(each[0]["content"]) for each in completions]
 
     options = {"per_device_train_batch_size": GROUP, **options}
+    together = options["per_device_train_batch_size"]
     arguments = GRPOConfig(
-        str(HOME / "grpo-trl"), report_to="none", use_cpu=True, num_generations=GROUP, max_completion_length=BUDGET,
-        max_steps=steps, gradient_accumulation_steps=GROUPS * GROUP // options["per_device_train_batch_size"], learning_rate=RATE,
+        str(HOME / "grpo-trl"), report_to="none", use_cpu=True, num_generations=group, max_completion_length=BUDGET,
+        max_steps=steps, gradient_accumulation_steps=SAMPLES // together, learning_rate=RATE,
         lr_scheduler_type="constant", logging_steps=1, save_strategy="no", disable_tqdm=True, max_grad_norm=1.0, weight_decay=0.0,
         shuffle_dataset=False, **options,
     )  # fmt: skip
@@ -101,11 +124,11 @@ def agreement(shape: str) -> dict[str, float]:
     from posttrain.objectives import GRPO
 
     made, _ = trainer(shape, 1, bf16=False, gradient_checkpointing=False)
-    made.current_gradient_accumulation_steps = GROUPS
-    rows = [made.train_dataset[index // GROUP] for index in range(GROUPS * GROUP)]
+    made.current_gradient_accumulation_steps = SAMPLES // GROUP
+    rows = [made.train_dataset[index // GROUP] for index in range(SAMPLES)]
     batch = made._generate_and_score_completions(rows)
     theirs = torch.zeros(())
-    for part in (slice(first, first + GROUP) for first in range(0, GROUPS * GROUP, GROUP)):
+    for part in (slice(first, first + GROUP) for first in range(0, SAMPLES, GROUP)):
         loss = made._compute_loss(made.model, {name: value[part] if value.ndim else value for name, value in batch.items()})
         loss.backward()
         theirs += loss.detach()

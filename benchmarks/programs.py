@@ -3,11 +3,10 @@
 import argparse
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 from posttrain.tasks import CodeGrader, CodeTask
-from posttrain.text import Message, Problem
+from posttrain.text import Message, Problem, Sample
 
 COUNT, PROGRAM = 200, "def add(a, b):\n    return a + b"
 TESTS = {"one assert": "assert add(2, 3) == 5", "one call": {"call": "add", "args": [2, 3], "expected": 5}}
@@ -15,8 +14,7 @@ TESTS = {"one assert": "assert add(2, 3) == 5", "one call": {"call": "add", "arg
 
 def rate(grader: CodeGrader, work: list[tuple[Problem, str]]) -> float:
     began = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        grades = list(pool.map(lambda each: grader.grade(*each), work))
+    grades = grader.grade_all([Sample(problem, 0, (), (), (), "end", program) for problem, program in work])
     if not all(grade.score == 1 for grade in grades):
         raise SystemExit("a program that is right was not graded so")
     return len(work) / (time.perf_counter() - began)

@@ -96,6 +96,8 @@ class Service(Sandbox, kind="http"):
 class Asked(Running):
     """A script that is run again for each answer, with all that it has been sent."""
 
+    stays = False
+
     def __init__(self, service: Service, script: Script) -> None:
         self.service, self.script = service, script
         self.deadline, self.most = time.monotonic() + service.seconds, service.output << 20

@@ -7,6 +7,7 @@ calls, one call at a time, and what it gives back arrives as plain data. Its obj
 from __future__ import annotations
 
 import builtins
+import os
 import resource
 import sys
 
@@ -154,17 +155,33 @@ def outcome(test: Any, space: Names, free: str | None = None) -> str | None:
     return gone[0] if gone else None
 
 
-def main() -> None:
-    sys.stdout = sys.stderr  # where tests print
+def judged(begin: dict[str, Any]) -> None:
+    """One program's tests, under limits."""
     for name, most in zip(("AS", "NPROC", "FSIZE", "CPU"), sys.argv[1:], strict=True):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (int(most), int(most)))
-    channel.write("ready\n")
-    channel.flush()
-    begin = parsed(sys.stdin.readline())
     space = Names(begin["names"], begin["libraries"])
     wrong = outcome(begin["setup"], space)
     tests = zip(begin["tests"], begin["free"], strict=True)
     say({"verdicts": [outcome(test, space, free) if wrong is None else wrong for test, free in tests]})
+
+
+def main() -> None:
+    sys.stdout = sys.stderr  # where tests print
+    channel.write("ready\n")
+    channel.flush()
+    while line := sys.stdin.readline():
+        child = os.fork()  # so that no program's tests know of another's
+        if child == 0:
+            status = 1
+            try:
+                judged(parsed(line))
+                status = 0
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        if status:
+            say({"failed": status})
+            return
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ class Running:
         self._ready = False
         self.also_end: Callable[[], Any] = lambda: None  # what else ends it
 
+    stays = True  # whether it can be asked about the next program, too
+
+    def renew(self, seconds: float, output: int) -> None:
+        """Time (seconds) and output (MB) begin anew."""
+        self.deadline, self.most = time.monotonic() + seconds, output << 20
+
     def send(self, message: Mapping[str, Any]) -> None:
         """Raises SandboxLost where nobody reads it in time, SandboxFailed where the script has not begun."""
         assert self.process.stdin is not None

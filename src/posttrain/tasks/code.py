@@ -9,8 +9,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -19,8 +20,8 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt
 
 from posttrain.data.source import Source
-from posttrain.sandbox import Bubblewrap, Sandbox, SandboxLost, slot
-from posttrain.tasks.grader import Grader
+from posttrain.sandbox import Bubblewrap, Running, Sandbox, SandboxLost, slot
+from posttrain.tasks.grader import Grader, checked, failed
 from posttrain.tasks.task import Task, shipped
 from posttrain.text import Grade, Problem, Sample
 
@@ -85,21 +86,33 @@ class CodeGrader(Grader, kind="code"):
         return None
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        found = self.verdicts(problem, program_in(text))
+        return self._grade(problem, text)
+
+    def _grade(self, problem: Problem, text: str, judges: "Judges | None" = None) -> Grade:
+        found = self.verdicts(problem, program_in(text), judges)
         parts = {"passed": found.share, "ended_early": float(found.ended is not None)}
         return Grade(float(found.share == 1) if self.score == "all" else found.share, parts)
 
-    def verdicts(self, problem: Problem, program: str) -> Verdicts:
+    def verdicts(self, problem: Problem, program: str, judges: "Judges | None" = None) -> Verdicts:
         """What the problem's tests say of a program. Raises SandboxFailed where none could be run."""
         tests, setup = problem.facts["tests"], problem.facts.get("setup") or ""
         with slot() as number:
             if form_of(tests[0]) == "output":
                 return _by_output(self.sandbox, program, tests, number)
-            return _by_messages(self.sandbox, program, setup, tests, number)
+            if judges is not None:
+                return _by_messages(judges, program, setup, tests, number)
+            with Judges(self.sandbox) as own:
+                return _by_messages(own, program, setup, tests, number)
 
     def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
-        with ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:
-            return list(pool.map(lambda sample: self._guarded(sample.problem, sample.text), samples))
+        with Judges(self.sandbox) as judges, ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:
+            return list(pool.map(lambda sample: self._guarded_by(judges, sample), samples))
+
+    def _guarded_by(self, judges: "Judges", sample: Sample) -> Grade:
+        try:
+            return checked(self._grade(sample.problem, sample.text, judges))
+        except Exception as error:
+            return failed(f"the grader raised {type(error).__name__}: {error}".rstrip(": "))
 
 
 class CodeTask(Task, kind="code"):
@@ -118,25 +131,54 @@ def form_of(test: Any) -> Literal["assert", "call", "output"] | None:
     return "output" if whole and all(isinstance(each, str) for each in test.values()) else None
 
 
-def _by_messages(sandbox: Sandbox, program: str, setup: str, tests: Sequence[Any], slot: int) -> Verdicts:
+class Judges:
+    """The processes that run tests, one for each slot; they stay between programs, whose tests each run in a child of theirs."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.idle: dict[int, Running] = {}
+
+    def __enter__(self) -> "Judges":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for judge in self.idle.values():
+            judge.end()
+
+    @contextmanager
+    def judge(self, slot: int) -> Iterator[Running]:
+        """The slot's; a new one where there is none. Where something goes wrong, it is ended."""
+        running = self.idle.pop(slot, None) or self.sandbox.start("judge", 2 * slot + 1)
+        running.renew(self.sandbox.seconds + GRACE, self.sandbox.output)
+        try:
+            yield running
+        except BaseException:
+            running.end()
+            raise
+        if running.stays:
+            self.idle[slot] = running
+        else:
+            running.end()
+
+
+def _by_messages(judges: Judges, program: str, setup: str, tests: Sequence[Any], slot: int) -> Verdicts:
     """The tests run in a sandbox of their own, and ask the program in the other one."""
-    with _Program(sandbox, program, slot) as running:
-        judge = sandbox.start("judge", 2 * slot + 1)
-        judge.deadline += GRACE
+    with _Program(judges.sandbox, program, slot) as running:
         try:
             free = [freed(test, setup) if isinstance(test, str) else None for test in tests]
             libraries = used_exports([setup, *(test for test in tests if isinstance(test, str))])
             about = {"names": running.names, "setup": setup, "tests": list(tests), "free": free, "libraries": libraries}
-            judge.send(about)
-            while True:
-                message = json.loads(judge.line())
-                if "verdicts" in message:
-                    return Verdicts([running.why or each for each in message["verdicts"]], running.ended)
-                judge.send(running.asked(message))
+            with judges.judge(slot) as judge:
+                judge.send(about)
+                while True:
+                    message = json.loads(judge.line())
+                    if "failed" in message:
+                        raise SandboxLost(f"they ended with status {message['failed']}")
+                    if "verdicts" in message:
+                        return Verdicts([running.why or each for each in message["verdicts"]], running.ended)
+                    judge.send(running.asked(message))
         except (SandboxLost, RecursionError) as error:  # what the program gave back was too much for the tests
             return Verdicts([running.why or f"the tests: {error}"] * len(tests), running.ended)
-        finally:
-            judge.end()
 
 
 def freed(test: str, setup: str) -> str | None:
