@@ -93,6 +93,7 @@ def test_a_sampler_that_is_killed_costs_no_rollout(unbroken, tmp_path):
     assert max(row.get("stale", 0.0) for row in rows(folder)) == 1.0
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_stopped_goes_on_with_the_next_rollout(unbroken, tmp_path):
     recipe = text("grpo", "lora", **ONE_BEHIND)
     with pytest.raises(Interrupted):

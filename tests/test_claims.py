@@ -58,6 +58,7 @@ def test_best_of_n_keeps_to_its_bound_and_few_comparisons_lead_astray(tmp_path):
     assert checks["with few pairs gold peaks, then falls"]
 
 
+@pytest.mark.slow  # quick forms of what `make claims` runs
 def test_a_delta_is_small_near_and_nearer_after_its_distillation(tmp_path):
     found = quick(t5, tmp_path)
     checks = found["checks"]
@@ -110,6 +111,7 @@ def test_the_rows_of_the_delta_are_written_again_and_backwards():
         assert tokens[7:] == tokens[1:6][:: -1 if index % 2 else 1]
 
 
+@pytest.mark.slow  # quick forms of what `make claims` runs
 def test_fewer_bits_cost_more_and_nf4_loses_less_than_equal_steps(tmp_path):
     found = quick(t17, tmp_path)
     numbers = found["numbers"]
@@ -119,6 +121,7 @@ def test_fewer_bits_cost_more_and_nf4_loses_less_than_equal_steps(tmp_path):
     assert found["checks"]["NF4 loses less than int4 of tiny-base's weights"]
 
 
+@pytest.mark.slow  # quick forms of what `make claims` runs
 def test_outlier_features_change_nothing_and_pruning_by_magnitude_suffers_from_them(tmp_path):
     found = quick(t18, tmp_path)
     numbers = found["numbers"]
