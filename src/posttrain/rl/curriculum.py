@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data.stream import Stream
 from posttrain.rl.plan import Curriculum
 
 if TYPE_CHECKING:
@@ -14,6 +13,8 @@ class Deck:
     """Problems to be drawn, and what has been measured of them."""
 
     def __init__(self, problems: "Sequence[Problem]", curriculum: Curriculum | None, seed: int) -> None:
+        from posttrain.data.stream import Stream
+
         self.problems, self.curriculum = problems, curriculum
         self.stream = Stream([len(problems)], None, seed)
         self.rates: dict[int, tuple[float, int]] = {}  # of the problems by their place: the rate, and when it was last measured
