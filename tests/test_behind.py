@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import tiny_runs
+import torch
 from pydantic import ValidationError
 from tiny_runs import checkpoints, marks, parsed, text, train
 
@@ -142,6 +143,34 @@ def test_what_goes_wrong_in_the_process_is_said_as_if_it_were_here():
         found = ours.recv()
         assert isinstance(found, RunError)
         assert str(found) == why
+    ours.close()
+
+
+class Large:
+    """A source of rollouts that do not fit into a pipe."""
+
+    def take(self, rollout, version):
+        return "x" * 2_000_000
+
+    def state(self):
+        return {}
+
+
+def test_who_asks_ahead_never_waits_for_who_answers():
+    ours, theirs = Pipe()
+    weights = torch.nn.Parameter(torch.zeros(500_000))
+    threading.Thread(target=serve, args=(theirs, Large(), {"w": weights}), daemon=True).start()
+    done = threading.Event()
+
+    def ask():
+        for rollout in range(3):
+            ours.send((rollout, 0))
+            ours.send_bytes(safetensors.torch.save({"w": weights.detach()}))
+        done.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert done.wait(20), "questions wait for answers that nobody takes"
+    assert [len(ours.recv()[0]) for _ in range(3)] == [2_000_000] * 3
     ours.close()
 
 

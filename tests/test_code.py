@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 from pydantic import ValidationError
@@ -11,7 +12,7 @@ from posttrain.errors import RecipeError
 from posttrain.sandbox import Bubblewrap, NoSandbox, Sandbox
 from posttrain.sandbox.judge import same
 from posttrain.tasks import CodeGrader, CodeTask
-from posttrain.tasks.code import form_of, freed, program_in
+from posttrain.tasks.code import Judges, form_of, freed, program_in
 from posttrain.text import Message, Problem, Sample
 
 TRUSTING = NoSandbox(i_trust_this_code=True)
@@ -170,6 +171,17 @@ def test_calls_give_values_that_are_compared_outside():
     assert found.why[0] is None
     assert "KeyError" in found.why[1]
     assert all(found.why[1:])
+
+
+def test_a_process_of_tests_that_was_ended_costs_no_program_its_score(isolated):
+    problem = Problem("p", (Message("user", "?"),), facts={"tests": ["assert f(1) == 2"]})
+    grader = CodeGrader(sandbox=isolated)
+    with Judges(isolated) as judges:
+        for _ in range(2):
+            assert grader.verdicts(problem, "def f(x):\n    return x + 1", judges).share == 1
+            (idle,) = judges.idle.values()
+            idle.process.kill()
+            time.sleep(0.2)
 
 
 def test_a_whole_program_is_judged_by_what_it_writes():

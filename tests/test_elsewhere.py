@@ -12,7 +12,7 @@ import pytest
 from posttrain.errors import RecipeError
 from posttrain.sandbox import Container, Sandbox, Service
 from posttrain.tasks import CodeGrader
-from posttrain.text import Message, Problem
+from posttrain.text import Message, Problem, Sample
 
 ENGINE = """#!{python}
 import json, os, sys
@@ -109,6 +109,15 @@ def test_a_container_runs_programs_with_its_flags(engine, program, score, form):
     assert "--read-only" in first
     started = {run[run.index("--name") + 1] for run in runs if run[0] == "run"}
     assert {run[1] for run in runs if run[0] == "kill"} == started  # each is ended by its name
+
+
+def test_the_tests_of_a_second_program_have_a_container_of_their_own(engine):
+    """One that was started earlier has fewer seconds to live."""
+    grader = CodeGrader.model_validate({"sandbox": {"kind": "container", "image": "there:1", "seconds": 5}, "workers": 1})
+    problem = Problem("p", (Message("user", "?"),), facts={"tests": FORMS["call"]})
+    grades = grader.grade_all([Sample(problem, index, (), (), (), "end", RIGHT) for index in range(2)])
+    assert [grade.score for grade in grades] == [1.0, 1.0]
+    assert engine.read_text().count('["run"') == 4
 
 
 def test_a_container_that_cannot_run_is_refused_with_what_the_engine_says(engine, monkeypatch):

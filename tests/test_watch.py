@@ -55,6 +55,14 @@ def test_the_error_of_a_mean_is_worked_by_hand():
     assert mean_and_error([1.0, 2.0, 3.0, 4.0]) == (2.5, (5 / 3 / 4) ** 0.5)
 
 
+def test_updates_without_a_rollout_of_their_own_do_not_hide_it():
+    """With several minibatches the reward stands in the first one's row only."""
+    rows = history([{"reward/a": 0.1}, {"reward/a": 0.9}], [0.6, 0.3])
+    for row in rows[1::2]:
+        del row["reward/a"]
+    assert len(signs(rows, 4)) == 1
+
+
 HOLED = {"kind": "problems", "grader": {"kind": "regex", "pattern": "{answer}", "match": "anywhere"}}
 
 

@@ -64,7 +64,8 @@ class _Gym(Episode):
     def step(self, message: Message) -> Turn:
         action: Any = message.content
         if self.settings.actions is not None:
-            named = re.findall("|".join(sorted(map(re.escape, self.settings.actions), key=len, reverse=True)), message.content)
+            words = "|".join(sorted(map(re.escape, self.settings.actions), key=len, reverse=True))
+            named = re.findall(rf"(?<!\w)(?:{words})(?!\w)", message.content)
             if not named:
                 return Turn((Message("user", f"Say one of: {', '.join(self.settings.actions)}."),), counts={"invalid": 1.0})
             action = self.settings.actions[named[-1]]

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, PositiveFloat, model_validator
 
 from posttrain.environments.adapters import library
-from posttrain.environments.tools import Function, Tool
+from posttrain.environments.tools import Function, Tool, Unavailable
 
 
 class McpTool(Tool, kind="mcp"):
@@ -88,4 +88,13 @@ class _Server:
             self._ready.set()
 
     def ask(self, question: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(question, self._loop).result(self.settings.seconds)
+        """Raises Unavailable where the server does not answer; ValueError for what it answers with an error."""
+        if self._error is not None:
+            question.close()
+            raise Unavailable(f"the MCP server has ended: {self._error}")
+        try:
+            return asyncio.run_coroutine_threadsafe(question, self._loop).result(self.settings.seconds)
+        except library("mcp", "tools: mcp").MCPError as error:
+            raise ValueError(str(error)) from None
+        except Exception as error:
+            raise Unavailable(f"the MCP server does not answer: {type(error).__name__}: {error}") from None

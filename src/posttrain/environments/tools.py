@@ -13,11 +13,15 @@ from posttrain.environments.calls import Call, Calls, JsonCalls
 from posttrain.environments.environment import Environment, Episode, Opening, Turn
 from posttrain.errors import RecipeError
 from posttrain.expressions import decimal, expression
-from posttrain.sandbox import Bubblewrap, Sandbox, SandboxLost, slot
+from posttrain.sandbox import Bubblewrap, Sandbox, SandboxFailed, SandboxLost, slot
 from posttrain.text import Message, Problem
 
 if TYPE_CHECKING:
     from posttrain.data.render import Template
+
+
+class Unavailable(Exception):
+    """A tool cannot be asked, whatever it is asked: the episode has failed."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,8 @@ class ToolEpisode(Episode):
         try:
             found = self.functions[call.name].call(**call.arguments)
             return (found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)), True
+        except (SandboxFailed, Unavailable):  # nothing that the policy has done
+            raise
         except Exception as error:  # a tool of a user's that fails: the policy is told, and may mend its call
             return f"error: {error}" if isinstance(error, ValueError) else f"error: {type(error).__name__}: {error}", False
 

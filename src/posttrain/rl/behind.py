@@ -7,8 +7,10 @@ weights a rollout is drawn with, and none is ever older than that.
 
 import contextlib
 import os
+import queue
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from multiprocessing import Pipe
@@ -128,16 +130,28 @@ def serve(connection: Connection, drawer: Any, parameters: "Mapping[str, nn.Para
     import safetensors.torch
     import torch
 
+    asked: queue.Queue[tuple[int, int, bytes] | None] = queue.Queue()
+    threading.Thread(target=_listen, args=(connection, asked), daemon=True).start()
+    while (question := asked.get()) is not None:
+        rollout, version, weights = question
+        known = safetensors.torch.load(weights)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(known[name])
+        try:
+            answer: Any = (drawer.take(rollout, version), drawer.state())
+        except Exception as error:  # the trainer's to say
+            answer = error if isinstance(error, RunError) else RunError(f"{type(error).__name__}: {error}")
+        try:
+            connection.send(answer)
+        except OSError:  # nobody is there
+            return
+
+
+def _listen(connection: Connection, asked: "queue.Queue[tuple[int, int, bytes] | None]") -> None:
+    """Takes questions while others are being answered, so that who asks never waits."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             rollout, version = connection.recv()
-            weights = safetensors.torch.load(connection.recv_bytes())
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(weights[name])
-            try:
-                connection.send((drawer.take(rollout, version), drawer.state()))
-            except (OSError, EOFError):
-                return
-            except Exception as error:  # the trainer's to say
-                connection.send(error if isinstance(error, RunError) else RunError(f"{type(error).__name__}: {error}"))
+            asked.put((rollout, version, connection.recv_bytes()))
+    asked.put(None)

@@ -3,11 +3,12 @@
 The tokens of every turn are kept as they were drawn; what the environment says is put between them, marked as not sampled.
 """
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain import draws
@@ -83,6 +84,9 @@ class Episodes:
                 self.finished.clear()
         finally:
             self.answers.close()
+            for play in self.running.values():  # something has gone wrong
+                if play.episode is not None:
+                    closed(play.episode)
         return list(plays)
 
     def _beginning(self, play: Play) -> Callable[[], Episode]:
@@ -112,7 +116,8 @@ class Episodes:
 
     def _begun(self, play: Play, episode: Episode) -> None:
         opening = episode.opening
-        play.episode, play.messages, play.told = episode, list(opening.messages), len(opening.messages)
+        messages = [each if each in play.problem.prompt else self._plain(each) for each in opening.messages]
+        play.episode, play.messages, play.told = episode, messages, len(messages)
         if opening.tools and self.template.ignores(opening.tools):
             raise RecipeError(
                 "environment.describe: the chat template leaves the tools out, so the policy would not know of them; set "
@@ -137,13 +142,22 @@ class Episodes:
             self._end(play, "turns")
         else:
             assert play.episode is not None
-            following = self.template.following(play.messages, turn.messages, play.episode.opening.tools)
-            play.messages += turn.messages
+            told = [self._plain(message) for message in turn.messages]
+            ended = play.tokens[-1] == self.template.end_id
+            following = self.template.following(play.messages, told, play.episode.opening.tools, ended)
+            play.messages += told
             if self._room(play) <= len(following):
                 self._end(play, "length")
             else:
                 play.add(following, False)
                 self._ask_policy(play)
+
+    def _plain(self, message: Message) -> Message:
+        """What an environment says, as text and nothing else: what spells a control token is broken up."""
+        text = message.content.encode("utf-8", "replace").decode()
+        while (found := self.template.control_in(text)) is not None:
+            text = text.replace(found, f"{found[0]} {found[1:]}" if len(found) > 1 else "")
+        return message if text == message.content else replace(message, content=text)
 
     def _room(self, play: Play) -> int:
         """How many more tokens there may be: of the policy's, and of all."""
@@ -169,7 +183,7 @@ class Episodes:
         if done.stop == "length":
             self._end(play, "length")
         else:
-            self.answers.ask(play.place, lambda: episode.step(message))
+            self.answers.ask(play.place, lambda: episode.step(message), episode)
 
     def _end(self, play: Play, stop: Literal["end", "length", "turns"]) -> None:
         """No further turn; what the whole has earned is asked for."""
@@ -178,7 +192,7 @@ class Episodes:
         if episode is None:
             self._done(play)
         else:
-            self.answers.ask(play.place, lambda: ended(episode, failed))
+            self.answers.ask(play.place, lambda: ended(episode, failed), episode)
 
     def _done(self, play: Play) -> None:
         self.finished.append(self.running.pop(play.place))
@@ -189,6 +203,12 @@ def ended(episode: Episode, failed: bool) -> Turn:
     try:
         return Turn(reward=0.0 if failed else episode.finish(), done=True)
     finally:
+        episode.close()
+
+
+def closed(episode: Episode) -> None:
+    """Closes an episode that nobody wants any more, whatever that leads to."""
+    with contextlib.suppress(Exception):
         episode.close()
 
 
@@ -203,16 +223,18 @@ class Answers:
         self.seconds = seconds
         self.alone = workers == 0
         self.begun: dict[tuple[int | str, ...], float] = {}
-        self.waiting: queue.Queue[tuple[Any, Callable[[], Answer]] | None] = queue.Queue()
+        self.over = False
+        self.waiting: queue.Queue[tuple[Any, Callable[[], Answer], Episode | None] | None] = queue.Queue()
         self.found: queue.Queue[tuple[Any, Answer | Exception]] = queue.Queue()
         self.lost: set[Any] = set()
         self.workers, self.most = 0, workers
 
-    def ask(self, place: tuple[int | str, ...], question: Callable[[], Answer]) -> None:
+    def ask(self, place: tuple[int | str, ...], question: Callable[[], Answer], episode: Episode | None = None) -> None:
+        """episode: what is closed, once it answers, where it is given up."""
         if self.alone:
             self.found.put((place, _asked(question)))
             return
-        self.waiting.put((place, question))
+        self.waiting.put((place, question, episode))
         if self.workers < self.most:
             self._hire()
 
@@ -229,7 +251,7 @@ class Answers:
                 found.append(self.found.get(timeout=POLL))
             except queue.Empty:
                 continue
-        return [each for each in found if not self._is_lost(each)]
+        return [each for each in found if each[0] not in self.lost or isinstance(each[1], TooLong)]
 
     def _too_late(self) -> list[Any]:
         """Those that have been asked for too long. Their threads cannot be ended; others take their places."""
@@ -241,30 +263,24 @@ class Answers:
             self._hire()
         return [(place, TooLong(f"no answer after {self.seconds:g} s")) for place in late]
 
-    def _is_lost(self, each: tuple[Any, Answer | Exception]) -> bool:
-        """Whether this is the answer of one that was given up, which comes after all."""
-        place, answer = each
-        if place not in self.lost or isinstance(answer, TooLong):
-            return False
-        if isinstance(answer, Episode):
-            answer.close()
-        return True
-
     def _hire(self) -> None:
         self.workers += 1
         threading.Thread(target=self._work, daemon=True, name="environment").start()
 
     def _work(self) -> None:
         while (asked := self.waiting.get()) is not None:
-            place, question = asked
+            place, question, episode = asked
             self.begun[place] = time.monotonic()
             answer = _asked(question)
             given_up = self.begun.pop(place, None) is None
-            self.found.put((place, answer))
-            if given_up:
+            if given_up or self.over:
+                if (late := answer if isinstance(answer, Episode) else episode) is not None:
+                    closed(late)
                 return
+            self.found.put((place, answer))
 
     def close(self) -> None:
+        self.over = True
         for _ in range(self.workers):
             self.waiting.put(None)
 

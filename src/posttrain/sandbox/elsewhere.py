@@ -51,6 +51,7 @@ class Container(Sandbox, kind="container"):
         limit = ["timeout", "-s", "KILL", str(int(self.seconds) + 1)]  # also where nobody is left to end it
         command = [*self._command(name), *limit, "python3", "-I", "-S", "-c", source_of(script), *self._limits()]
         running = self._running(command, cwd="/")
+        running.stays = False  # it has so many seconds to live
         running.also_end = lambda: subprocess.run([self.engine, "kill", name], capture_output=True, check=False)
         return running
 

@@ -111,6 +111,11 @@ class Running:
         if self.folder is not None:
             self.folder.cleanup()
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended by itself; `end` is still to be called."""
+        return self._over(0.0)
+
     def _over(self, seconds: float) -> bool:
         """Whether it ends within `seconds`. Its number stays taken, so that its group is still its own."""
         until = time.monotonic() + seconds

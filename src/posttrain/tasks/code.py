@@ -148,7 +148,11 @@ class Judges:
     @contextmanager
     def judge(self, slot: int) -> Iterator[Running]:
         """The slot's; a new one where there is none. Where something goes wrong, it is ended."""
-        running = self.idle.pop(slot, None) or self.sandbox.start("judge", 2 * slot + 1)
+        running = self.idle.pop(slot, None)
+        if running is not None and running.gone:  # somebody has ended it in the meantime
+            running.end()
+            running = None
+        running = running or self.sandbox.start("judge", 2 * slot + 1)
         running.renew(self.sandbox.seconds + GRACE, self.sandbox.output)
         try:
             yield running
@@ -237,7 +241,11 @@ class _Program:
         self.why: str | None = None  # it cannot be asked
         self.ended: str | None = None
         self.names: list[str] = []
-        found = self._said({"code": program})
+        try:
+            found = self._said({"code": program})
+        except BaseException:
+            self.running.end()
+            raise
         names = found.get("names")
         if isinstance(names, list) and all(isinstance(each, str) for each in names):
             self.names = names

@@ -95,7 +95,7 @@ class Recorder:
         for one, grade in update.samples[:SHOWN_SAMPLES]:
             asked = {"id": one.problem.id, "prompt": one.problem.prompt[-1].content, "answer": one.problem.answer}
             self.samples.add({"step": run.step, **asked, "index": one.index, "text": one.text, "score": grade.score})
-        if due and "reward" in metrics:
+        if due:
             for sign in signs(self.metrics.read(), self.validation.every if self.validation else 1):
                 self.say(sign)
         self.show(run, {**metrics, "tokens": tokens, "seconds": seconds})

@@ -23,7 +23,8 @@ def signs(rows: Sequence[Mapping[str, Any]], every: int) -> list[str]:
     if before is None or None in (before["low"], now["high"]) or not now["high"] < before["low"]:
         return []
     found = []
-    for part in [each for each in last if each == "reward" or each.startswith("reward/")]:
+    parts = dict.fromkeys(name for row in rows for name in row if name == "reward" or name.startswith("reward/"))
+    for part in parts:
         values = [
             [row[part] for row in rows if end - every < row["step"] <= end and part in row]
             for end in (best["step"], last["step"])
