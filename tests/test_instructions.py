@@ -319,13 +319,13 @@ LONG = [
 
 
 @pytest.mark.parametrize(("id", "settings", "right", "wrong"), KINDS, ids=lambda value: value if isinstance(value, str) else "")
-def test_100_000_characters_of_anything_are_read_within_a_second(id, settings, right, wrong):
+def test_100_000_characters_of_anything_are_read_in_no_time_to_speak_of(id, settings, right, wrong):
     instruction = Instruction.known[id].model_validate(settings)
     for unit in filter(None, [*LONG, *right, *wrong]):
         text = (unit * (100_000 // len(unit) + 1))[:100_000] + "x"
         began = time.process_time()
         instruction.followed(text)
-        assert time.process_time() - began < 1, unit
+        assert time.process_time() - began < 5, unit  # minutes where it takes the square of the length
 
 
 FOLLOWED_BY_ANYTHING = {
