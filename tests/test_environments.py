@@ -184,10 +184,11 @@ def test_a_turn_that_ends_with_another_token_gets_the_end_of_its_turn():
     template = Template(tiny_tokenizers.make("chatml"))
     template.stop_ids = frozenset(range(0, template.end_id, 9))
     drawn = sample(InProcess(), lm, template, [ASK], 4, Sampling(max_tokens=60), 7, environment=Saying(says=["x"]))
-    for one in drawn:
-        if len(one.transcript.ends) > 1:
-            told = [text for text, own in template.spans(one.tokens, one.sampled) if not own][1]
-            assert told.startswith("<|im_end|>\n<|im_start|>user\nx")
+    several = [one for one in drawn if len(one.transcript.ends) > 1]
+    assert several
+    for one in several:
+        told = [text for text, own in template.spans(one.tokens, one.sampled) if not own][1]
+        assert told.startswith("<|im_end|>\n<|im_start|>user\nx")
 
 
 # ---- what ends an episode
