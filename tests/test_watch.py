@@ -63,6 +63,15 @@ def test_updates_without_a_rollout_of_their_own_do_not_hide_it():
     assert len(signs(rows, 4)) == 1
 
 
+def test_a_bare_number_of_held_out_data_is_no_accuracy():
+    """A reward model's validation has a `score`, which is not measured on a task and has no interval."""
+    rows = history([{"reward/a": 0.1}, {"reward/a": 0.9}], [0.6, 0.3])
+    for row in rows:
+        if "validation" in row:
+            row["validation"] = {"loss": 0.5, "score": row["validation"]["pass@1"]["value"]}
+    assert signs(rows, 4) == []
+
+
 HOLED = {"kind": "problems", "grader": {"kind": "regex", "pattern": "{answer}", "match": "anywhere"}}
 
 

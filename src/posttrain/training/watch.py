@@ -15,7 +15,8 @@ def signs(rows: Sequence[Mapping[str, Any]], every: int) -> list[str]:
     a reward has risen where the mean of its last `every` updates is two standard errors above that of the `every` up to the best.
     """
     measured = [row for row in rows if "validation" in row]
-    name = next((each for each in ACCURACY if measured and each in measured[-1]["validation"]), None)
+    # A task is measured with its interval; what data give is a bare number, whatever its name.
+    name = next((each for each in ACCURACY if measured and isinstance(measured[-1]["validation"].get(each), dict)), None)
     if name is None or len(measured) < 2:
         return []
     best, last = max(measured[:-1], key=lambda row: row["validation"].get(name, {}).get("value") or 0.0), measured[-1]
