@@ -36,20 +36,24 @@ claims: $(VENV)/.core
 tiny-base: $(VENV)/.core
 	$(BIN)/posttrain run recipes/tiny_base.yaml
 
-$(VENV)/.core: pyproject.toml constraints.txt
+# $(call installed,extra): the environment with posttrain and one set of its extras.
+define installed
 	$(PYTHON) -c 'import sys; sys.exit("posttrain needs Python 3.11 or newer; set PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) -e .
+	$(PIP) torch -e '.$(1)'
 	touch $@
+endef
 
-$(VENV)/.test: $(VENV)/.core
-	$(PIP) -e '.[test]'
-	touch $@
+$(VENV)/.core: pyproject.toml constraints.txt
+	$(call installed)
 
-$(VENV)/.bench: $(VENV)/.core
-	$(PIP) -e '.[bench]'
-	touch $@
+$(VENV)/.test: pyproject.toml constraints.txt
+	$(call installed,[test])
+	touch $(VENV)/.core
+
+$(VENV)/.bench: pyproject.toml constraints.txt
+	$(call installed,[bench])
+	touch $(VENV)/.core
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache

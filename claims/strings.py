@@ -197,26 +197,32 @@ def row_updates(objective: Objective, rows: list[RenderedRow], count: int, seed:
     return RowUpdates(objective, [rows], [[f"row {index}" for index in range(len(rows))]], None, count, seed)
 
 
-def structured(seed: int, count: int) -> list[RenderedRow]:
-    """Strings of a random Markov chain in which the wanted letter is rare: what the reference learns from."""
+def structured(seed: int, count: int, ends: float = 0.12, alone: bool = False) -> list[RenderedRow]:
+    """Strings of a random Markov chain in which the wanted letter is rare: what the reference learns from.
+
+    ends: the chance of no further letter. alone: the wanted letter is a string by itself, and stands in no other.
+    """
     draw = draws.generator(seed, "claims", "chain")
     chain = draw.dirichlet(np.full(LETTERS, 0.7), LETTERS + 1)
     chain[:, WANTED - 1] = 0.08
+    if alone:
+        chain[1:, WANTED - 1] = 0.0
     chain /= chain.sum(1, keepdims=True)
     found = []
     for _ in range(count):
         row: list[int] = []
-        while len(row) < LONGEST and (not row or draw.random() > 0.12):
+        while len(row) < LONGEST and (not row or draw.random() > ends) and not (alone and row == [WANTED]):
             row.append(1 + int(draw.choice(LETTERS, p=chain[row[-1] if row else 0])))
         tokens = [END, *row] + ([END] if len(row) < LONGEST else [])
         found.append(RenderedRow(((tokens, [False] + [True] * (len(tokens) - 1)),)))
     return found
 
 
-def reference(seed: int, steps: int, count: int = 4096, rate: float = 3e-3) -> LM:
-    """A model that has learned to write structured strings."""
+def reference(seed: int, steps: int, rows: list[RenderedRow] | None = None, rate: float = 3e-3) -> LM:
+    """A model that has learned to write structured strings: of `rows`, or 4,096 of the usual ones."""
     lm = write_model(seed)
-    learn(lm, {"policy": learner(lm.model, rate)}, row_updates(SFT(), structured(seed, count), 64, seed), steps)
+    updates = row_updates(SFT(), structured(seed, 4096) if rows is None else rows, 64, seed)
+    learn(lm, {"policy": learner(lm.model, rate)}, updates, steps)
     return lm
 
 
@@ -251,13 +257,6 @@ class LetterGrader(Grader):
 
     def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
         return [Grade(self.worth[one.tokens.count(WANTED)]) for one in samples]
-
-
-class BeginsGrader(Grader):
-    """1 where a string begins with the wanted letter."""
-
-    def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
-        return [Grade(float(one.tokens[1] == WANTED)) for one in samples]
 
 
 class SetGrader(Grader):

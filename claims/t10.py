@@ -1,8 +1,9 @@
 """T10: a mean over an answer's tokens favours long wrong answers, a sum does not. arXiv 2503.20783.
 
-In the world of strings an answer is right if it begins with the wanted letter. What follows makes no difference, so whatever
-the length of wrong answers does, the objective does. Under `grpo` a wrong token of a long answer is punished less than one of a
-short answer; under `dr_grpo` and `dapo` the same. The mean length of wrong strings is summed up exactly, over all of them.
+In the world of strings one answer is right: the wanted letter by itself, after which the reference always ends. So right answers
+have nothing to teach about when to end, and whatever the length of wrong ones does, their punishment does. Under `grpo` a wrong
+token of a long answer is punished less than one of a short answer; under `dr_grpo` and `dapo` the same. The mean length of wrong
+strings is summed up exactly, over all of them.
 """
 
 import sys
@@ -22,7 +23,7 @@ CLAIM = Claim(
     "answers grows under grpo by 2 s.e., and by more than under dr_grpo and dapo",
 )
 SETTINGS: dict[str, Any] = {
-    "seeds": [1, 2, 3, 4, 5, 6], "reference_steps": 300, "steps": 150, "groups": 32, "every": 15, "rate": 1e-3, "processes": 2,
+    "seeds": [1, 2, 3, 4, 5, 6], "reference_steps": 300, "steps": 150, "groups": 32, "ends": 0.3, "every": 15, "rate": 1e-3, "processes": 2,
 }  # fmt: skip
 QUICK = {**SETTINGS, "seeds": [101, 102], "reference_steps": 40, "steps": 6, "groups": 4, "every": 3, "processes": 1}
 
@@ -72,9 +73,9 @@ def of_seed(kind: str, seed: int, settings: dict[str, Any]) -> dict[str, list[fl
     from posttrain.models.roles import Roles
     from posttrain.objectives import Objective
 
-    policy = world.reference(seed, settings["reference_steps"])
-    right = (world.letters()[:, 0] == world.WANTED).double()
+    policy = world.reference(seed, settings["reference_steps"], world.structured(seed, 4096, ends=settings["ends"], alone=True))
     lengths = (world.letters() > 0).sum(1).double()
+    right = ((world.letters()[:, 0] == world.WANTED) & (lengths == 1)).double()
     seen: dict[str, list[float]] = {"length": [], "right": []}
 
     def look(_run: Any = None) -> None:
@@ -86,7 +87,7 @@ def of_seed(kind: str, seed: int, settings: dict[str, Any]) -> dict[str, list[fl
     look()
     objective: Any = Objective.lookup(kind)()
     rollout = world.rollout_of(8 * settings["groups"], 1, 1)
-    updates = world.sampled_updates(objective, world.BeginsGrader(), policy, Roles(), rollout, seed)
+    updates = world.sampled_updates(objective, world.SetGrader(right=tuple(right.nonzero().flatten().tolist())), policy, Roles(), rollout, seed)
     watcher = world.Watcher(settings["every"], look)
     torch.set_num_threads(1)
     world.learn(policy, {"policy": world.learner(policy.model, settings["rate"])}, updates, settings["steps"], watcher=watcher)

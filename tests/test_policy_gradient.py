@@ -105,7 +105,8 @@ def test_the_token_form_of_gspo_has_the_value_and_the_gradient_of_its_sequence_f
 
 def test_cispo_caps_the_weight_and_keeps_the_gradient():
     logp = tensor([-2.0, -2.0], dtype=F64, requires_grad=True)
-    value = losses.cispo(logp, tensor([6.0, 0.5], dtype=F64).log(), tensor([1.0, -1.0], dtype=F64), 5.0)
+    log_ratio = logp - logp.detach() + tensor([6.0, 0.5], dtype=F64).log()  # as in training, by way of the policy
+    value = losses.cispo(logp, log_ratio, tensor([1.0, -1.0], dtype=F64), 5.0)
     assert value.tolist() == pytest.approx([10.0, -1.0])
     assert torch.autograd.grad(value.sum(), logp)[0].tolist() == pytest.approx([-5.0, 0.5])
 

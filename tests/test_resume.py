@@ -20,6 +20,7 @@ from tiny_runs import (
     OBJECTIVES,
     OTHERS,
     REUSED,
+    ROLLOUT,
     STEPS,
     TASK,
     TUNERS,
@@ -47,6 +48,8 @@ WORSE = {"validation": {"data": OTHER, "best": "nll", "every": 1, "patience": 2}
 TWO = {"samples": 2, "greedy": False, "sampling": {"max_tokens": 6}}
 SAMPLED = {"task": TASK, "best": "score", "every": 2, "evaluation": TWO}
 CACHED = {"reference": {"cache": True}}
+REFILLED = {"objective": "dapo", "rollout": {**REUSED["rollout"], "refill": 3, "curriculum": {}}}
+PLAYED = {"task": {"kind": "guess_number", "limit": 8}, "rollout": {**ROLLOUT, "sampling": {"max_tokens": 12}}}
 FOLLOWED = {"reference": {"refresh": {"every": 2, "mix": 0.6}}}
 EVERY: dict[str, tuple[str, str, dict[str, Any]]] = {  # stopped after every one of their steps
     **{f"{objective}-{tuner}": (objective, tuner, {}) for objective in OBJECTIVES for tuner in TUNERS},
@@ -58,6 +61,8 @@ TWICE: dict[str, tuple[str, str, dict[str, Any]]] = {  # after two of them
     **{f"dpo-cached-{tuner}": ("dpo", tuner, CACHED) for tuner in TUNERS},
     **{f"dpo-followed-{tuner}": ("dpo", tuner, FOLLOWED) for tuner in TUNERS},
     **{f"ppo-whole-{tuner}": ("ppo", tuner, WHOLE_PPO) for tuner in TUNERS},
+    "dapo-refilled-lora": ("grpo", "lora", REFILLED),
+    "grpo-played-full": ("grpo", "full", PLAYED),
 }
 ONCE: dict[str, tuple[str, str, dict[str, Any]]] = {  # after one
     **{f"bradley_terry-{tuner}": ("bradley_terry", tuner, {}) for tuner in TUNERS},
@@ -244,7 +249,7 @@ def test_kills_at_random_moments_change_nothing(case: str, kills: int, nursery: 
     assert not list(tmp_path.glob("killed/**/*.tmp-*")), "nothing half-written is left"
 
 
-@pytest.mark.parametrize("case", ["dpo-cached-full", "bradley_terry-lora", "ppo-whole-lora"])
+@pytest.mark.parametrize("case", ["dpo-cached-full", "bradley_terry-lora", "ppo-whole-lora", "dapo-refilled-lora"])
 def test_a_killed_run_goes_on_from_its_last_checkpoint(case: str, nursery: Nursery, tmp_path: Path) -> None:
     """With pairs, scores, and samples that wait: the kill comes one step after a save."""
     objective, tuner, changes = CASES[case]

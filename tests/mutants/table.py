@@ -11,6 +11,7 @@ SPLIT = "test_splitting_a_batch_does_not_change_the_gradient_or_the_figures"
 PAIRS, TUNERS = "test_preference_objectives.py", "test_tuners.py"
 FORMULA = "test_every_objective_on_pairs_is_its_formula_on_the_answers_alone"
 CREDIT = "test_ppos_credit_is_its_formula_token_by_token[settings0]"
+GRADIENT = "test_policy_gradient.py"
 RESUME = "test_two_updates_a_resume_and_two_more_are_four_updates_bit_for_bit"
 
 
@@ -305,5 +306,89 @@ MUTANTS = [
         "self.controls.update(controls)",
         "pass",
         f"{PROPERTIES}::{RESUME}[full-bco-labelled]",
+    ),
+    Mutant(
+        "the baseline of leave-one-out scaled as if the answer itself were among the others",
+        "losses/credit.py",
+        "centred = centred * (sizes / (sizes - 1).clamp(min=1))[groups]",
+        "centred = centred * ((sizes - 1) / sizes)[groups]",
+        f"{GRADIENT}::test_leaving_one_out_is_unbiased_and_the_groups_own_mean_is_too_small_by_one_part_in_its_size",
+    ),
+    Mutant(
+        "the ratio of a whole answer grows with its length",
+        "objectives/policy_gradient.py",
+        'over = losses.sequence_sums if level == "sequence_product" else losses.sequence_means',
+        "over = losses.sequence_sums",
+        f"{GRADIENT}::test_the_ratio_of_an_answer_is_the_product_or_the_geometric_mean_of_its_tokens",
+    ),
+    Mutant(
+        "a gradient through the weight that CISPO caps",
+        "losses/policy_gradient.py",
+        "return -log_ratio.detach().clamp(max=LARGEST_LOG_RATIO)",
+        "return -log_ratio.clamp(max=LARGEST_LOG_RATIO)",
+        f"{GRADIENT}::test_cispo_caps_the_weight_and_keeps_the_gradient",
+    ),
+    Mutant(
+        "the two steepnesses of SAPO swapped",
+        "losses/policy_gradient.py",
+        "torch.where(advantage > 0, up, down)",
+        "torch.where(advantage > 0, down, up)",
+        f"{GRADIENT}::test_sapos_gate_is_the_ratio_at_one_and_flat_far_away",
+    ),
+    Mutant(
+        "weights of another sampler without a cap",
+        "losses/policy_gradient.py",
+        "if mask else weight.clamp(max=cap)",
+        "if mask else weight",
+        f"{GRADIENT}::test_a_correction_caps_or_leaves_out_what_the_sampler_drew_otherwise",
+    ),
+    Mutant(
+        "dynamic sampling keeps groups that teach nothing",
+        "rl/drawing.py",
+        "if len({grade.score for _, grade in pairs} - {None}) > 1}",
+        "if pairs}",
+        f"{GRADIENT}::test_dapo_draws_on_until_every_group_has_mixed_scores",
+    ),
+    Mutant(
+        "the bias of a stale sampler corrected by the wrong way round",
+        "objectives/policy_gradient.py",
+        "gap = levelled(batch.old_logp - batch.sampled_logp,",
+        "gap = levelled(batch.sampled_logp - batch.old_logp,",
+        f"{GRADIENT}::test_a_correction_takes_the_bias_of_another_sampler_away",
+    ),
+    Mutant(
+        "what is to go leaves out the reward of the token itself",
+        "losses/credit.py",
+        "return (running - after).to(reward.dtype)",
+        "return (running - after - exact.flip(0)).to(reward.dtype)",
+        f"{GRADIENT}::test_what_is_to_go_is_the_sum_from_a_token_to_the_end_of_its_answer",
+    ),
+    Mutant(
+        "what the environment said is learned from",
+        "sampling/episodes.py",
+        "play.add(following, False)",
+        "play.add(following, True)",
+        "test_environments.py::test_what_is_trained_is_what_the_policy_said_and_nothing_else[chatml]",
+    ),
+    Mutant(
+        "every turn of an episode draws the same random numbers",
+        "sampling/episodes.py",
+        "Request(tuple(play.tokens), play.place, len(play.logp), most)",
+        "Request(tuple(play.tokens), play.place, 0, most)",
+        "test_environments.py::test_the_draws_of_a_second_turn_are_not_those_of_the_first",
+    ),
+    Mutant(
+        "an environment that fails has earned nothing, as if that were a score",
+        "sampling/episodes.py",
+        'play.failure = f"the environment: {said}"',
+        "play.failure = None",
+        "test_environments.py::test_an_environment_that_fails_costs_its_own_episode_only",
+    ),
+    Mutant(
+        "solved problems are drawn again and hard ones are not",
+        "rl/curriculum.py",
+        "known = [(abs(rate - plan.target), turn, place)",
+        "known = [(-abs(rate - plan.target), turn, place)",
+        "test_curriculum.py::test_those_nearest_to_the_target_are_drawn_again_and_solved_ones_are_not",
     ),
 ]
