@@ -23,7 +23,8 @@ CLAIM = Claim(
     "answers grows under grpo by 2 s.e., and by more than under dr_grpo and dapo",
 )
 SETTINGS: dict[str, Any] = {
-    "seeds": [1, 2, 3, 4, 5, 6], "reference_steps": 300, "steps": 150, "groups": 32, "ends": 0.3, "every": 15, "rate": 1e-3, "processes": 2,
+    "seeds": [1, 2, 3, 4, 5, 6], "reference_steps": 300, "ends": 0.3, "steps": 150, "groups": 32, "every": 15, "rate": 1e-3,
+    "processes": 2,
 }  # fmt: skip
 QUICK = {**SETTINGS, "seeds": [101, 102], "reference_steps": 40, "steps": 6, "groups": 4, "every": 3, "processes": 1}
 
@@ -87,7 +88,8 @@ def of_seed(kind: str, seed: int, settings: dict[str, Any]) -> dict[str, list[fl
     look()
     objective: Any = Objective.lookup(kind)()
     rollout = world.rollout_of(8 * settings["groups"], 1, 1)
-    updates = world.sampled_updates(objective, world.SetGrader(right=tuple(right.nonzero().flatten().tolist())), policy, Roles(), rollout, seed)
+    grader = world.SetGrader(right=tuple(right.nonzero().flatten().tolist()))
+    updates = world.sampled_updates(objective, grader, policy, Roles(), rollout, seed)
     watcher = world.Watcher(settings["every"], look)
     torch.set_num_threads(1)
     world.learn(policy, {"policy": world.learner(policy.model, settings["rate"])}, updates, settings["steps"], watcher=watcher)

@@ -11,8 +11,8 @@ def run(seconds, losses, peak=100.0):
     return {"seconds": [9.0, 9.0, seconds, seconds], "tokens": [10, 10, 100, 100], "losses": losses, "peak": peak}
 
 
-def table(monkeypatch, ours, mixed=TRL_LOSSES):
-    """What `compare` prints, where our float32 losses are `ours` and our mixed ones `mixed`."""
+def table(monkeypatch, ours, mixed=TRL_LOSSES, slow=False):
+    """What `compare` prints, where our float32 losses are `ours` and our mixed ones `mixed`; slow: without bfloat16."""
     made = {
         ("posttrain", "mixed"): run(1.0, mixed, 60.0), ("posttrain", None): run(2.0, ours, 50.0),
         ("trl", None): run(3.0, TRL_LOSSES), ("trl", "free"): run(2.5, TRL_LOSSES), ("trl", "exact"): run(4.0, TRL_LOSSES),
@@ -23,6 +23,7 @@ def table(monkeypatch, ours, mixed=TRL_LOSSES):
         return made[function, kind]
 
     monkeypatch.setattr(harness, "measured", measured)
+    monkeypatch.setattr(harness, "bfloat16_is_slow", lambda: slow)
     lines = []
     found = harness.compare(harness.sft("4k", 4), 2, lines.append)
     return found, "\n".join(lines)
@@ -45,6 +46,18 @@ def test_no_ratio_is_shown_where_the_losses_differ(monkeypatch, ours, mixed):
     assert not found["agree"]
     assert "No ratio is shown" in text
     assert "| posttrain mixed | 100 | 60 |  |  |  |" in text
+
+
+def test_where_bfloat16_is_slow_everything_is_compared_in_float32(monkeypatch):
+    found, text = table(monkeypatch, TRL_LOSSES, slow=True)
+    assert found["agree"]
+    assert "mixed" not in text
+    assert "| posttrain float32 | 50 | 50 | 2.00 | 2.00 | 0.50 |" in text
+    assert "| TRL padding-free float32 (TRL's best) | 25 | 100 |" in text
+    assert not table(monkeypatch, [8.0, 7.5, 7.0, 6.5002], slow=True)[0]["agree"]
+    assert [each.name for each in harness.grpo("4k", 5, "").engines if not each.halves] == [
+        "posttrain float32", "TRL default, float32", "TRL without checkpointing, float32",
+    ]  # fmt: skip
 
 
 def test_the_useful_operations_of_a_step_are_counted_by_hand():
