@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
@@ -12,7 +13,7 @@ from posttrain.errors import RecipeError
 from posttrain.sandbox import Bubblewrap, NoSandbox, Sandbox
 from posttrain.sandbox.judge import same
 from posttrain.tasks import CodeGrader, CodeTask
-from posttrain.tasks.code import Judges, form_of, freed, program_in
+from posttrain.tasks.code import Judges, _Program, form_of, freed, program_in
 from posttrain.text import Message, Problem, Sample
 
 TRUSTING = NoSandbox(i_trust_this_code=True)
@@ -277,3 +278,19 @@ def test_the_grader_is_a_kind_with_its_sandbox_in_the_recipe():
     assert isinstance(grader.sandbox, Bubblewrap)
     assert json.loads(grader.model_dump_json())["sandbox"]["kind"] == "bubblewrap"
     assert issubclass(Sandbox, Component)
+
+
+def test_a_program_that_is_interrupted_while_it_is_read_is_ended():
+    ended = []
+
+    class Running:
+        def send(self, _message):
+            raise KeyboardInterrupt
+
+        def end(self):
+            ended.append(True)
+
+    sandbox = SimpleNamespace(start=lambda _what, _slot: Running())
+    with pytest.raises(KeyboardInterrupt):
+        _Program(sandbox, "x = 1", 0)
+    assert ended == [True]

@@ -17,7 +17,7 @@ from posttrain.batch import Sequences
 from posttrain.data.render import Template
 from posttrain.environments import Environment, Episode, Opening, Turn
 from posttrain.environments.calls import Call, Calls
-from posttrain.environments.tools import Function, Tool, calculate
+from posttrain.environments.tools import Function, Tool, Unavailable, calculate
 from posttrain.errors import DataError, InputError, RecipeError, TemplateError
 from posttrain.rl.rollouts import describe
 from posttrain.sampling import InProcess, Sampling, sample
@@ -571,17 +571,20 @@ def test_a_class_for_trl_is_played():
 def test_tools_of_an_mcp_server_are_called():
     server = {"kind": "mcp", "command": [worlds.PYTHON, worlds.__file__, "mcp"]}
     episode = opened(tools(server, "calculator")).reset(ASK, 0)
-    assert [schema["function"]["name"] for schema in episode.schemas] == ["double", "fail", "calculator"]
+    assert [schema["function"]["name"] for schema in episode.schemas] == ["double", "fail", "leave", "calculator"]
     assert episode.schemas[0]["function"]["parameters"]["properties"]["number"]["type"] == "integer"
     told = [episode.step(Message("assistant", call(name, number=4))).messages[0].content for name in ("double", "fail")]
     assert told[0] == "8"
     assert "error: " in told[1]
     assert "not today" in told[1]
     only = Tool.model_validate({**server, "only": ["nothing"]})
-    with pytest.raises(RuntimeError, match="has no tool nothing; it has double, fail"):
+    with pytest.raises(RuntimeError, match="has no tool nothing; it has double, fail, leave"):
         only.functions()
     with pytest.raises(RuntimeError, match="cannot be reached"):
         Tool.model_validate({"kind": "mcp", "command": [worlds.PYTHON, "-c", "pass"], "seconds": 20}).functions()
+    for name in ("leave", "double"):  # a server that is gone is no error of the policy
+        with pytest.raises(Unavailable, match="the MCP server"):
+            episode.step(Message("assistant", call(name, number=3)))
 
 
 def test_a_server_that_speaks_openenv_is_played():

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import threading
 
@@ -152,6 +153,11 @@ def serve_tools():
     def fail(number: int) -> int:
         """Does not work."""
         raise ToolError("not today")
+
+    @server.tool()
+    def leave(number: int) -> int:
+        """Takes the server with it."""
+        os._exit(number)
 
     server.run()
 

@@ -95,6 +95,10 @@ class _Server:
         try:
             return asyncio.run_coroutine_threadsafe(question, self._loop).result(self.settings.seconds)
         except library("mcp", "tools: mcp").MCPError as error:
+            from mcp import types
+
+            if error.code in {types.CONNECTION_CLOSED, types.REQUEST_TIMEOUT}:
+                raise Unavailable(f"the MCP server does not answer: {error}") from None
             raise ValueError(str(error)) from None
         except Exception as error:
             raise Unavailable(f"the MCP server does not answer: {type(error).__name__}: {error}") from None
