@@ -30,7 +30,7 @@ CLAIM = Claim(
     "of the KL; a larger weight ends nearer to the start; the form is learned before the result",
 )
 SETTINGS: dict[str, Any] = {
-    "rows": 30, "sft_steps": 40, "steps": 80, "problems": 16, "weights": [0.0, 0.05, 0.5], "limit": None, "seed": 0,
+    "rows": 30, "sft_steps": 55, "steps": 80, "problems": 16, "weights": [0.0, 0.05, 0.5], "limit": None, "seed": 0,
     "processes": 2,
 }  # fmt: skip
 QUICK = {**SETTINGS, "sft_steps": 3, "steps": 2, "problems": 2, "weights": [0.0], "limit": 4, "processes": 1}

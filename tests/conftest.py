@@ -41,6 +41,7 @@ GRIDS = {
     "test_properties.py::test_splitting_a_batch_does_not_change_the_gradient_or_the_figures": 5,
     "test_properties.py::test_two_updates_a_resume_and_two_more_are_four_updates_bit_for_bit": 4,
     "test_properties.py::test_the_order_of_the_rows_does_not_matter": 4,
+    "test_properties.py::test_a_batch_of_no_rows_at_all_gives_a_zero_that_back_propagates_too": 3,
     "test_properties.py::test_the_gradient_is_the_finite_difference_of_the_loss": 2,
     "test_properties.py::test_in_the_first_update_every_ratio_is_one_and_nothing_is_clipped": 2,
     "test_properties.py::test_a_batch_with_nothing_to_train_gives_a_loss_without_gradient_that_back_propagates": 2,
