@@ -85,12 +85,14 @@ class Backbone(nn.Module):
                     **self._read(plain.tokens.to(self.device)), attention_mask=plain.valid.long().to(self.device), use_cache=False
                 ).last_hidden_state
             cells = layout.cells(seqs, places)
-            return [states[rows.to(self.device), columns.to(self.device)] for rows, columns in cells]
+            flat, width = states.flatten(0, 1), states.shape[1]
+            return [flat.index_select(0, (rows * width + columns).to(self.device)) for rows, columns in cells]
         tree = layout.tree([row for each in seqs for row in each.rows()])
         if not len(tree.tokens):
             return [self._nothing() for _ in seqs]
         states = self.states(tree, TreePlan(tree))
-        return [states[index.to(self.device)] for index in layout.indices(tree, seqs, places)]
+        # A shared state is asked for by several. `states[index]` would add their gradients in any order, by several threads.
+        return [states.index_select(0, index.to(self.device)) for index in layout.indices(tree, seqs, places)]
 
     @overload
     def hidden(self, seqs: Sequences, /) -> Tensor: ...

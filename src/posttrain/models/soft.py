@@ -150,7 +150,7 @@ def embedded(model: nn.Module, tokens: Int[Tensor, "R T"]) -> Float[Tensor, "R T
     found: Tensor = table(tokens.clamp(max=vocabulary - 1))
     learned = torch.cat([each.vectors(found.shape[-1]) for each in softs]).to(found.dtype)
     rows, columns = (tokens >= vocabulary).nonzero(as_tuple=True)
-    return found.index_put((rows, columns), learned[tokens[rows, columns] - vocabulary])
+    return found.index_put((rows, columns), learned.index_select(0, tokens[rows, columns] - vocabulary))
 
 
 def given(model: nn.Module, tokens: Int[Tensor, " T"]) -> Given | None:
@@ -160,7 +160,7 @@ def given(model: nn.Module, tokens: Int[Tensor, " T"]) -> Given | None:
         learned = each.keys_and_values()
         if learned is not None:
             rows = ((tokens >= each.first) & (tokens < each.first + each.count)).nonzero()[:, 0]
-            found.append(Given(rows, learned[:, :, :, tokens[rows] - each.first]))
+            found.append(Given(rows, learned.index_select(3, tokens[rows] - each.first)))
     if not sum(len(each.rows) for each in found):
         return None
     return Given(torch.cat([each.rows for each in found]), torch.cat([each.keys_and_values for each in found], 3))

@@ -338,7 +338,7 @@ def levelled(log_ratio: "Tensor", level: Level, seqs: "Sequences") -> "Tensor":
     if level == "token":
         return log_ratio
     over = losses.sequence_sums if level == "sequence_product" else losses.sequence_means
-    return over(log_ratio, seqs.owner, seqs.count)[seqs.owner]
+    return over(log_ratio, seqs.owner, seqs.count).index_select(0, seqs.owner)
 
 
 def ratio_of(log_ratio: "Tensor") -> "Tensor":
