@@ -40,6 +40,13 @@ def said(program, *tests, setup=None, sandbox=TRUSTING, **settings):
         ("Here:\n```python\nx = 1\n```\nThat is it.", "x = 1\n"),
         ("```\nx = 1\n```\nbetter:\n```py\nx = 2\n```", "x = 2\n"),
         ("<think>\n```\nx = 0\n```\n</think>\nx = 3", "\nx = 3"),
+        ("<think>\n```\nx = 0\n```\n", ""),
+        ("```python\nx = 4\n```\nIt prints\n```\n4\n```", "x = 4\n"),
+        ("1. So:\r\n   ```python\r\n   if x:\r\n       y = 5\r\n   ```\r\n", "if x:\n    y = 5\n"),
+        ("````\n```\n````", "```\n"),
+        ("~~~py\nx = 6\n~~~", "x = 6\n"),
+        ("```python\nx = 7", "x = 7"),
+        ("<answer>\n```python\nx = 8\n```\n</answer>", "x = 8\n"),
     ],
 )
 def test_the_last_fenced_block_is_the_program(text, program):
@@ -56,6 +63,9 @@ def test_the_last_fenced_block_is_the_program(text, program):
         ({"tests": ["assert f(1"]}, "is no Python"),
         ({"tests": ["assert f(1)"], "setup": "x ="}, "is no Python"),
         ({"tests": ["assert f(1)"], "setup": 5}, "`setup` is not text"),
+        ({"tests": ["assert f(1)", "# assert f(2)"]}, "is no test"),
+        ({"tests": ["def check(candidate):\n    assert candidate(1) == 2"]}, "name nothing that a program would define"),
+        ({"tests": ["assert f(1)"], "entry_point": 5}, "`entry_point` is no name of a function"),
     ],
 )
 def test_a_problem_without_tests_that_can_be_run_is_refused(facts, message):
@@ -92,6 +102,18 @@ def test_the_three_forms_are_told_apart():
         ("from decimal import Decimal\nfrom fractions import Fraction\ndef f():\n    return Decimal('1.5'), Fraction(1, 3), 1j, range(3)", "from decimal import Decimal\nfrom fractions import Fraction\nassert f() == (Decimal('1.5'), Fraction(1, 3), 1j, range(3))"),
         ("print('x' * 100000)\ndef f():\n    print('hello')\n    return 1", "assert f() == 1"),
         ("LIMIT = 5\ndef f(*, x):\n    return x + LIMIT", "assert f(x=LIMIT) == 10"),
+        ("def f():\n    yield 1\n    yield 2", "g = f()\nassert next(g) == 1 and list(g) == [2] and next(g, 5) == 5"),
+        ("def f():\n    x = 0\n    while True:\n        yield x\n        x += 1", "assert list(zip('abc', f())) == [('a', 0), ('b', 1), ('c', 2)]"),
+        ("from typing import NamedTuple\nclass P(NamedTuple):\n    x: int\ndef f(x: 'int'):\n    return P(x), f.__annotations__['x']", "assert f(1) == ((1,), 'int')"),
+        ("def f(x: int):\n    return isinstance(x, f.__annotations__['x'])", "assert f(1)"),
+        ("class Stack(list):\n    def push(self, x):\n        self.append(x)", "s = Stack()\nassert not s\ns.push(3)\nassert s and len(s) == 1 and s[0] == 3 and list(s) == [3]"),
+        ("from collections import OrderedDict\nclass LRU(OrderedDict):\n    def put(self, k, v):\n        self[k] = v", "c = LRU()\nc.put(1, 2)\nc[3] = 4\nassert c[1] == 2 and c[3] == 4 and repr(c) == 'LRU([(1, 2), (3, 4)])'"),
+        ("def f(d, k):\n    return d[k]", "try:\n    f({}, 'a')\nexcept KeyError as error:\n    assert error.args == ('a',)\nelse:\n    assert False"),
+        ("def f(x):\n    return b'\\xff'.decode()", "try:\n    f(1)\nexcept ValueError:\n    pass\nelse:\n    assert False"),
+        ("def f(a):\n    a.append(1)\n    return a", "a = []\nassert f(a) is a and a == [1]"),
+        ("calls = 0\ndef f():\n    global calls\n    calls += 1", "assert calls == 0\nf()\nassert calls == 1"),
+        ("from datetime import datetime\ndef f(x):\n    return x + 1", "assert f(datetime(2020, 1, 1).year) == 2021"),
+        ("def f(x):\n    x.append(1)\n    return x", "x = bytearray(b'a')\nassert f(x) == bytearray(b'a\\x01')"),
     ],
 )  # fmt: skip
 def test_a_right_program_earns_1(program, test):
@@ -128,23 +150,73 @@ def test_the_setup_runs_after_the_program_and_before_the_tests():
         ("import os\ndef f(x):\n    os._exit(0)", "ok = False\ntry:\n    f(1)\nexcept Exception:\n    ok = True\nassert ok"),
         ("import os\ndef f(x):\n    os._exit(0)", "try:\n    f(1)\nexcept BaseException:\n    pass"),
         ("import builtins\nbuiltins.all = lambda _: True\nall = builtins.all\ndef f(x):\n    return 9", "assert all([f(1) == 1])"),
+        ("class Yes:\n    def __getattr__(self, name):\n        return lambda *_: True\ndef f(x):\n    return Yes()", "assert f(5).startswith('0b101')"),
+        ("class Yes:\n    def __getattr__(self, name):\n        return lambda *_: True\ndef f(x):\n    return Yes()", "assert f(5).issubset({1, 2})"),
+        ("class Yes:\n    __sub__ = lambda self, other: 0.0\ndef f(x):\n    return Yes()", "assert abs(f(2) - 1.41421) < 1e-4"),
+        ("class Yes:\n    __contains__ = lambda self, other: True\n    __iter__ = lambda self: iter(())\ndef f(x):\n    return Yes()", "assert 3 in f(2)"),
+        ("class Yes:\n    pass\ndef f(x):\n    return Yes()", "assert f(1).__eq__(5)"),
+        ("def f(x):\n    return 1", "assert f.__doc__"),
+        ("def f(x):\n    return x", "a = [[1], [2]]\nb = f(a)\nassert b == a and b is not a"),
+        ("from collections import deque\ndef f(x):\n    return deque()", "assert f([1, 2])"),
     ],
 )  # fmt: skip
 def test_a_wrong_program_earns_0_whatever_it_says_of_itself(program, test):
     assert said(program, test).score == 0
 
 
-def test_a_name_of_python_is_the_programs_where_a_test_calls_nothing_else():
-    assert freed("assert sum(10, 15) == 25", "") == "sum"
-    assert freed("assert gcd(10, 15) == 5", "") == "gcd"
-    for test in ("assert f(2) == set([3])", "assert len(f(2)) == 1", "assert abs(s.f(2) - 5) < 1", "assert len(x) == 3"):
-        assert freed(test, "") is None
-    assert freed("assert len(dict) == 3", "dict = f()") is None
+# A test, the setup, and the name of Python's own that is the program's in them.
+ASKED = [
+    ("assert sum(10, 15) == 25", "", "sum"),
+    ("assert gcd(10, 15) == 5", "import sys", "gcd"),
+    ("xs = [3, 1, 2]\nassert median(xs) == 2", "", "median"),
+    ("def check(candidate):\n    assert candidate(2, 3) == 5\ncheck(add)", "", "add"),
+    ("assert [factorial(i) for i in range(4)] == [1, 1, 2, 6]", "", "factorial"),
+    ("assert abs(sqrt(2) - 1.41421) < 1e-4", "from math import *", "sqrt"),
+    ("assert sorted(permutations([1, 2])) == [(1, 2), (2, 1)]", "", "permutations"),
+    ("for xs, want in [([1, 1, 2], 1)]:\n    assert mode(xs) == want", "", "mode"),
+    ("assert math.isclose(mean([1, 2]), 1.5)", "", "mean"),
+    ("assert filter([1, -1]) == [1]", "x = 1", "filter"),
+    ("assert calendar([1]) == 1", "", "calendar"),
+    ("assert f(2) == set([3])", "", None),
+    ("assert len(f(2)) == 1", "", None),
+    ("assert abs(s.f(2) - 5) < 1", "", None),
+    ("assert len(dict) == 3", "dict = f()", None),
+]
 
 
-def test_a_function_of_the_tests_cannot_be_handed_over_and_that_is_said():
-    found = CodeGrader(sandbox=TRUSTING).verdicts(problem("assert f(lambda x: x) == 1"), "def f(x):\n    return 1")
-    assert "cannot be handed to the program" in found.why[0]
+@pytest.mark.parametrize(("test", "setup", "name"), ASKED)
+def test_a_name_of_python_is_the_programs_where_its_tests_name_nothing_else(test, setup, name):
+    assert freed(problem(test, setup=setup)) == name
+
+
+@pytest.mark.parametrize(("test", "setup", "name"), [each for each in ASKED if each[2]])
+def test_pythons_own_function_does_not_stand_in_for_the_programs(test, setup, name):
+    for program in (f"def {name}(*_):\n    return 'wrong'", f"def {name}(*_):\n    raise KeyError", "", f"{name}_ = 1"):
+        assert said(program, test, setup=setup).score == 0, program
+
+
+@pytest.mark.parametrize(
+    ("facts", "program"),
+    [
+        ({"tests": ["assert abs(-5) == 5", "assert max(1, 2) == 2"], "entry_point": "max"}, "def max(*xs):\n    return sorted(xs)[-1]"),
+        ({"tests": ["assert mean(list(accumulate([1, 1]))) == 1.5"], "entry_point": "mean"}, "from itertools import accumulate\ndef mean(n):\n    return sum(n) / len(n)"),
+    ],
+)  # fmt: skip
+def test_a_column_says_which_of_several_names_of_python_is_the_programs(facts, program):
+    grader = CodeGrader(sandbox=TRUSTING)
+    asked = Problem("p", (Message("user", "?"),), None, facts, "f:1")
+    assert grader.gold_problem(asked) is None
+    assert grader.grade(asked, program).score == 1
+    assert grader.grade(asked, "").score == 0
+    unsaid = Problem("p", (Message("user", "?"),), None, {"tests": facts["tests"]}, "f:1")
+    assert "`entry_point` must say which is the program's" in grader.gold_problem(unsaid)
+
+
+def test_tests_that_a_program_in_another_process_cannot_meet_are_a_failure_and_no_score():
+    asked = Sample(problem("assert f(lambda x: x) == 1"), 0, (), (), (), "end", "def f(x):\n    return 1")
+    found = CodeGrader(sandbox=TRUSTING).grade_all([asked])[0]
+    assert found.score is None
+    assert "a function of the tests cannot be handed to the program" in found.failure
 
 
 # ---- calls, and whole programs
@@ -191,6 +263,23 @@ def test_a_whole_program_is_judged_by_what_it_writes():
     assert said(program, {"input": "4\n", "output": "8\nends"}).score == 0
     assert said("import sys\nprint(len(sys.stdin.read()))", {"input": "x" * 300_000, "output": "300000"}).score == 1
     assert said("raise SystemExit", {"input": "", "output": "1"}).score == 0
+    assert said("try:\n    print(1)\n    exit()\nexcept Exception:\n    print(2)", {"input": "", "output": "1"}).score == 1
+    assert said("print('a\\x0cb')", {"input": "", "output": "a\nb"}).score == 0
+
+
+@pytest.mark.parametrize("end", ["raise ValueError", "import sys; sys.exit(3)", "import os; os.abort()"])
+def test_a_program_that_fails_at_its_end_has_not_passed(end, isolated):
+    for sandbox in (TRUSTING, isolated):
+        assert said("print(1)", {"input": "", "output": "1"}, sandbox=sandbox).score == 1
+        assert said(f"print(1, flush=True)\n{end}", {"input": "", "output": "1"}, sandbox=sandbox).score == 0
+
+
+def test_the_time_is_that_of_all_tests_together():
+    began = time.monotonic()
+    tests = [{"input": "", "output": "1"}] * 20
+    found = said("while True:\n    pass", *tests, sandbox=NoSandbox(i_trust_this_code=True, seconds=1))
+    assert found.parts == {"passed": 0.0, "ended_early": 1.0}
+    assert time.monotonic() - began < 10
 
 
 def test_a_share_of_the_tests_can_be_the_score():

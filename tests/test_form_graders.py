@@ -15,7 +15,7 @@ from posttrain.tasks import (
     ScriptGrader,
     ThinkGrader,
 )
-from posttrain.text import Message, Problem, Sample
+from posttrain.text import Grade, Message, Problem, Sample
 
 PERSON = {
     "type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}}, "required": ["name"],
@@ -44,6 +44,7 @@ def said(grader, text, answer=None, **facts):
     ({"pattern": r"\d+", "match": "anywhere"}, None, ["12 apples"], ["", "apples"]),
     ({"pattern": "answer: {answer}"}, "a.c", ["answer: a.c"], ["answer: abc", "answer: ", "Answer: a.c"]),
     ({"pattern": "answer: {answer}", "ignore_case": True}, "Paris", ["ANSWER: paris"], ["answer: London", "answer: Paris or London"]),
+    ({"pattern": "{answer}?"}, "ab", ["ab", ""], ["a"]),
     ({"pattern": r"\p{Lu}\w{2,3}"}, None, ["Abc", "Äbcd"], ["abc", "A{2,3}"]),
 ])  # fmt: skip
 def test_a_pattern_matches_the_whole_or_somewhere(settings, answer, right, wrong):
@@ -77,7 +78,8 @@ def test_a_time_out_is_counted(monkeypatch):
 def test_a_pattern_that_is_none_is_refused_and_one_with_the_answer_needs_it():
     with pytest.raises(ValidationError, match="is no regular expression"):
         RegexGrader(pattern="(")
-    assert RegexGrader(pattern="{answer}").gold_problem(problem()) == "it has no answer"
+    for blank in (None, "", "  "):
+        assert RegexGrader(pattern="answer: {answer}", match="anywhere").gold_problem(problem(blank)) == "it has no answer"
     assert RegexGrader(pattern="x").gold_problem(problem()) is None
 
 
@@ -86,6 +88,7 @@ def test_a_pattern_that_is_none_is_refused_and_one_with_the_answer_needs_it():
 
 @pytest.mark.parametrize("text", [
     '{"name": "Ann"}', ' {"name": "Ann", "age": 3}\n', 'Here it is:\n```json\n{"name": "Ann"}\n```\nDone.',
+    'So:\r\n  ```json\r\n  {"name": "Ann"}\r\n  ```\r\n', '<think>{"name": 3}</think><answer>{"name": "Ann"}</answer>',
 ])  # fmt: skip
 def test_json_that_the_schema_allows_is_right(text):
     assert said(JsonGrader(json_schema=PERSON), text) == 1.0
@@ -100,6 +103,29 @@ def test_json_that_the_schema_allows_is_right(text):
 ])  # fmt: skip
 def test_what_is_no_json_or_not_allowed_is_wrong_and_no_failure(text):
     assert said(JsonGrader(json_schema=PERSON), text) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"pattern": r"^(\w+\s?)*$"}, json.dumps("a" * 40 + "!")),
+        ({"uniqueItems": True}, json.dumps([{"number": each} for each in range(4000)])),
+    ],
+    ids=["pattern", "unique"],
+)
+def test_a_schema_that_takes_for_ever_ends_and_the_next_value_is_judged(schema, value):
+    grader = JsonGrader(json_schema=schema, seconds=0.3)
+    assert grader.grade(problem(), value) == Grade(0.0, {"too_slow": 1.0})
+    assert said(grader, '"a"') == 1.0
+
+
+def test_a_number_that_nothing_can_divide_is_wrong_and_no_failure():
+    for value in ('{"p": 1e400}', '{"p": 1' + "0" * 400 + "}"):
+        assert said(JsonGrader(json_schema={"properties": {"p": {"multipleOf": 0.01}}}), value) == 0.0
+
+
+def test_a_schema_that_refers_to_another_machine_is_a_failure_and_is_not_fetched():
+    assert "its schema cannot be asked" in JsonGrader(json_schema={"$ref": "http://127.0.0.1:9/x"}).grade(problem(), "1").failure
 
 
 def test_json_without_a_schema_is_any_value_and_fences_may_be_refused():

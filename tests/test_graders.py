@@ -24,6 +24,7 @@ from posttrain.tasks import (
     ExactGrader,
     FunctionGrader,
     Grader,
+    JsonGrader,
     MathGrader,
     NumberGrader,
 )
@@ -219,6 +220,26 @@ NUMBERS = [  # gold, completion, score
     ("1", "1e999999999999", 0),
     ("1", "", 0),
     ("1", "one", 0),
+    *((gold, f"x = {dash}72", int(gold == "-72")) for gold in ("72", "-72") for dash in "–‐‑﹣－⁻−"),
+    ("72", "it is minus 72", 0),
+    ("72", "Negative 72", 0),
+    ("25", "√25", 0),
+    ("25", "\\sqrt{25}", 0),
+    ("2", "3x + 2x", 0),
+    ("2", "so 2π", 0),
+    ("2", "2\\pi", 0),
+    ("2", "1/√2", 0),
+    ("72", "70–72", 0),
+    ("1", "5 ± 1", 0),
+    ("2", "1001000_2", 0),
+    ("72", "72 m^2", 1),
+    ("72", "72 cm^{2} in all", 1),
+    ("2", "72 m^2", 0),
+    ("2", "x^2", 0),
+    ("4", "4 million to manage", 1),  # as GSM8K counts
+    ("5", "<think>5</think>I refuse.", 0),
+    ("5", "<think>It is 5", 0),
+    ("5", "<think>3 + 2</think><answer>5</answer>", 1),
 ]
 
 
@@ -240,6 +261,7 @@ def test_the_last_number_is_the_answer_and_a_part_of_an_expression_is_none(gold:
         ("#### $72.00.", 1),
         ("####", 0),
         ("it is 72", 1),
+        ("#### 72 m^2", 1),
     ],
 )
 def test_what_follows_the_last_marker_is_the_answer_and_must_be_one_number(text: str, score: float) -> None:
@@ -405,6 +427,29 @@ CHOICES = [  # completion, score; gold C of A-E
     ("Answer:", 0),
     ("Cat", 0),
     ("F", 0),
+    ("Answer:\nC", 1),
+    ("The correct answer is:\n\n**C**", 1),
+    ("**Answer:** C", 1),
+    ("The answer is C. A bank is near.", 1),
+    ("The answer is C, not A.", 1),
+    ("The answer is C rather than A.", 1),
+    ("<think>Maybe the answer is A.</think>\nThe answer is C.", 1),
+    ("<think>The answer is C.", 0),
+    ("<think>A?</think><answer>C</answer>", 1),
+    ("答案是C", 1),
+    ("选C。", 1),
+    ("The answer is 'C'.", 1),
+    ("_C_", 1),
+    ("C\n\nExplanation: A is incorrect because it is wet.", 1),
+    ("Let's see which answer is right.\nC", 1),
+    ("A good answer is C", 1),
+    ("C\nD", 0),
+    ("C and maybe D\nD", 0),
+    ("The answer is not C.", 0),
+    ("Anything but C", 0),
+    ("It isn't C.", 0),
+    ("It is 20 °C", 0),
+    ("The answer is A or C", 0),
     ("", 0),
 ]
 
@@ -418,6 +463,19 @@ def test_a_choice_needs_labels_and_an_answer_among_them() -> None:
     assert ChoiceGrader().gold_problem(problem("C")) == "it has no `labels`"
     assert ChoiceGrader(labels=["A", "B"]).gold_problem(problem("C")) == "its answer 'C' is none of A, B"
     assert ChoiceGrader(labels=["yes", "no"]).grade(problem("no"), "The answer is no.").score == 1
+
+
+@pytest.mark.parametrize(("text", "score"), [
+    ("A", 1), ("A is right.", 1), ("The answer is A because it is wet.", 1), ("(A) a bank", 1), ("A rough guess: I don't know.", 0),
+    ("I am not sure. A refusal.", 0),
+])  # fmt: skip
+def test_the_article_is_no_label(text: str, score: float) -> None:
+    assert ChoiceGrader(labels=["A", "B"]).grade(problem("A"), text).score == score
+
+
+@pytest.mark.parametrize(("text", "score"), [("1", 1), ("The answer is 1.", 1), ("1.5", 0), ("-1", 0), ("1,000", 0), ("0.1", 0)])
+def test_a_label_that_is_a_number_is_no_part_of_another_one(text: str, score: float) -> None:
+    assert ChoiceGrader(labels=["1", "2"]).grade(problem("1"), text).score == score
 
 
 # ---------------------------------------------------------------- mathematics
@@ -500,7 +558,52 @@ MATH = [  # gold, boxed answer, verdict; "mv": what math-verify alone says where
     ("6", "\\int_0^6 1\\,dx", 0),  # mv: right
     ("55", "\\sum_{i=1}^{10} i", 0),  # mv: right
     ("120", "5!", 0),  # mv: right
+    ("6", "2(3)", 0),
+    ("5", "2(3)", 0),  # mv: right, adds what stands side by side
+    ("7", "(3)(4)", 0),  # mv: right
+    ("105", "100(5)", 0),  # mv: right
+    ("7/3", "2(\\frac13)", 0),  # mv: right
+    ("7", "3{4}", 0),  # mv: right
+    ("7/3", "2\\frac13", 1),
+    ("(x+1)(2x-3)", "(2x-3)(x+1)", 1),
+    ("1/2", "\\frac1{2}", 1),
+    ("\\sqrt[3]{2}", "\\sqrt[3]{2}", 1),
+    ("3", "\\log_{2}8", 0),  # mv: right
+    ("-1", "\\cos\\pi", 0),  # mv: right
+    ("1/2", "\\sin(\\frac{\\pi}{6})", 0),  # mv: right
+    ("9", "27^{2/3}", 0),  # mv: right
+    ("-2", "\\begin{vmatrix}1&2\\\\3&4\\end{vmatrix}", 0),  # mv: right
+    ("10", "{5 \\choose 2}", 0),  # mv: right
+    ("2", "\\frac{\\frac12}{\\frac14}", 0),  # mv: right
+    ("2", "e^{\\ln 2}", 0),  # mv: right
+    ("2x", "\\frac{d x^2}{dx}", 0),  # mv: right
+    ("2x", "\\frac{\\partial}{\\partial x} x^2", 0),  # mv: right
+    ("\\ln 2", "\\ln(2)", 1),
+    ("x=5", "4+1", 0),  # mv: right
+    ("(5)", "\\sqrt{25}", 0),  # mv: right
+    ("x=5", "x=4+1", 0),  # mv: right
+    ("x=5", "x=6=5", 0),  # mv: right
+    ("90^\\circ", "45+45", 0),  # mv: right
+    ("90^\\circ", "90", 1),
+    ("10^3", "500+500", 0),  # mv: right
+    ("10^3", "1000", 1),
+    ("2516_8", "2516_9", 0),  # mv: right
+    ("43_5", "43_5, 43_6", 0),  # mv: right
+    ("43_5", "43_{5}", 1),
+    ("5", "5\\text{ millions}", 0),  # mv: right
+    ("5", "5\\text{ squared}", 0),  # mv: right
+    ("5", "5 tenths", 0),  # mv: right
+    ("5", "5 months", 1),
+    ("50", "50 percent", 1),
+    ("0.5", "50\\text{ percent}", 1),
+    ("0.5", "0.5 percent", 0),
+    ("\\emptyset", "-\\infty<x<\\infty", 0),  # mv: right
+    ("\\emptyset", "\\varnothing", 1),
+    ("5", "5\\,", 1),
     # words
+    ("\\text{(C)}", "C", 1),
+    ("\\text{(C)}", "\\textbf{(C)}", 1),
+    ("\\text{(C)}", "D", 0),
     ("\\text{Monday}", "monday", 1),
     ("\\text{Monday}", "\\text{Tuesday}", 0),
     ("Monday", "dayMon", 0),  # mv: right, multiplies letters
@@ -547,6 +650,16 @@ COMPLETIONS = [  # completion, score; gold 1/2
     ("Answer: 0.5", 1),
     ("Hence $x = 0.5$.", 1),
     ("It comes to 0.5", 1),
+    ("The answer is **1/2**.", 1),
+    ("**Answer:** 1/2", 1),
+    ("The answer is 1/2, since 1 + 1 = 2.", 1),
+    ("The answer is 1/2.\n\nHope that helps!", 1),
+    ("The answer is 1/2.\nNo, it is 3", 0),
+    ("<think>so</think><answer>1/2</answer>", 1),
+    ("<think>so</think>\n<answer>\n0.5\n</answer>", 1),
+    ("<think>\\boxed{0.5}", 0),
+    ("<think>The answer is 0.5", 0),
+    ("<answer>0.5</answer><answer>3</answer>", 0),
     ("The answer is 1/2 or 1/3.", 0),
     ("The answer is 1/2.\nNo, the answer is 1/3.", 0),
     ("def f():\n    return 0.25", 0),
@@ -671,8 +784,9 @@ def test_a_problem_without_an_answer_cannot_be_graded() -> None:
 
 
 PIECES = ["1", "1,", "1+", "- ", "1e", "(", "=-", "$", "1 ", "}{", "####", "\n", "\\boxed{", "\\boxed{1}", "answer is ", " "]
+PIECES += ["```x\n", "<answer>", "A a. "]
 LONG = [piece * (1_000_000 // len(piece)) for piece in PIECES]
-PATIENT = [NumberGrader(marker="####"), EquationsGrader(), CountdownGrader(), ChoiceGrader(labels=["A", "B"]), MathGrader()]
+PATIENT = [JsonGrader(), NumberGrader(marker="####"), EquationsGrader(), CountdownGrader(), ChoiceGrader(labels=["A", "B"]), MathGrader()]
 
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: repr(text[:9]))

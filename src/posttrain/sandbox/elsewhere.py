@@ -94,6 +94,14 @@ class Service(Sandbox, kind="http"):
         return Asked(self, script)
 
 
+_SAME_ORDER = """
+import os, sys
+if os.environ.get("PYTHONHASHSEED") != "0":
+    os.environ["PYTHONHASHSEED"] = "0"
+    os.execv(sys.executable, sys.orig_argv)
+"""  # of what is in a set, each time a script is run again
+
+
 class Asked(Running):
     """A script that is run again for each answer, with all that it has been sent."""
 
@@ -103,6 +111,7 @@ class Asked(Running):
         self.service, self.script = service, script
         self.deadline, self.most = time.monotonic() + service.seconds, service.output << 20
         self.sent: list[str] = []
+        self.status = 0
         self.heard = 1  # lines, the first of which says that the script has begun
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -118,8 +127,11 @@ class Asked(Running):
     def everything(self) -> bytes:
         return self._output().partition(b"\n")[2]
 
+    def ended_with(self) -> int:
+        return self.status
+
     def _output(self) -> bytes:
-        limits = f"import sys; sys.argv[1:] = {self.service._limits()!r}\n"
+        limits = f"{_SAME_ORDER}import sys; sys.argv[1:] = {self.service._limits()!r}\n"
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise SandboxLost("no answer in time")
@@ -128,6 +140,7 @@ class Asked(Running):
         result = found.get("run_result") or {}
         if found.get("status") == "SandboxError" or "stdout" not in result:
             raise SandboxFailed(f"the service says: {found.get('message') or found.get('status')}")
+        self.status = int(result.get("return_code") or 0)
         if result.get("status") == "TimeLimitExceeded":
             raise SandboxLost("no answer in time")
         output = str(result["stdout"]).encode(errors="surrogateescape")

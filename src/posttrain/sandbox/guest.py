@@ -5,6 +5,7 @@ Nothing here is trusted once the program runs: what it writes is read as data an
 
 from __future__ import annotations
 
+import builtins
 import os
 import resource
 import sys
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-MOST = 20_000  # items of something that is iterated over
+NOTHING = object()
 objects: list[Any] = []
 numbers: dict[int, int] = {}
 
@@ -58,26 +59,31 @@ def answer(question: dict[str, Any], space: dict[str, Any]) -> dict[str, Any]:
             return {"value": packed(on[value_of(question["key"])], keep)}
         case "length":
             return {"value": len(on)}
+        case "truth":
+            return {"value": bool(on)}
         case "text":
             return {"value": str(on)}
-    return {"value": items(on)}
+        case "printable":
+            return {"value": repr(on)}
+        case "replace":
+            on[value_of(question["key"])] = value_of(question["value"])
+            return {"value": None}
+        case "iterate":
+            return {"value": {"kept": keep(iter(on))}}
+    after = next(on, NOTHING)
+    return {"value": [] if after is NOTHING else [packed(after, keep)]}
 
 
 def called(fn: Any, arguments: list[Any], named: dict[str, Any]) -> dict[str, Any]:
-    """What a call gives, and its arguments where it has changed them."""
+    """What a call gives, which of its arguments that is, and all of them where it has changed any."""
     before = dumped(packed(arguments, keep))
-    found = {"value": packed(fn(*arguments, **named), keep)}
+    value = fn(*arguments, **named)
+    found = {"value": packed(value, keep)}
+    given = [place for place, each in enumerate(arguments) if each is value and isinstance(value, list | dict | set)]
+    if given:
+        found["same"] = given[0]
     after = packed(arguments, keep)
     return found | ({"arguments": after} if dumped(after) != before else {})
-
-
-def items(on: Any) -> list[Any]:
-    found = []
-    for each in on:
-        found.append(packed(each, keep))
-        if len(found) > MOST:
-            raise ValueError(f"more than {MOST} items")
-    return found
 
 
 def guarded(fn: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -87,14 +93,14 @@ def guarded(fn: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any
     except BaseException as error:
         kind = next(each.__name__ for each in type(error).__mro__ if each.__module__ == "builtins")
         try:
-            said = str(error)[:300]
+            said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)[:300]
         except BaseException:
             said = ""
         return {"raised": [kind, said]}
 
 
 def defined(code: str, space: dict[str, Any]) -> dict[str, Any]:
-    exec(compile(code, "<program>", "exec"), space)
+    exec(compile(code, "<program>", "exec", dont_inherit=True), space)
     return {"names": sorted(name for name in space if isinstance(name, str) and not name.startswith("__"))[:1000]}
 
 
@@ -119,12 +125,13 @@ def main() -> None:
     os.dup2(nothing, 2)
     module = types.ModuleType("__main__" if whole else "program")
     sys.modules[module.__name__] = module
+    builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # which -S leaves out
     limited(*map(int, sys.argv[1:]))
     if whole:
         as_input(begin["input"])
         control_in.close()
         control_out.close()
-        exec(compile(begin["code"], "<program>", "exec"), vars(module))
+        exec(compile(begin["code"], "<program>", "exec", dont_inherit=True), vars(module))
         return
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)

@@ -92,6 +92,13 @@ class Running:
         """All that it writes until it ends."""
         return b"".join(self._pieces(until=None))
 
+    def ended_with(self) -> int:
+        """Its exit status, or the signal that ended it. Raises SandboxLost where it does not end in time."""
+        if not self._over(max(0.0, self.deadline - time.monotonic())):
+            raise SandboxLost("no answer in time")
+        ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return 0 if ended is None else ended.si_status
+
     def end(self) -> None:
         """Whatever it does, from within outwards, so that each process is waited for by its parent: not every machine has an
         init that would do it."""

@@ -26,6 +26,7 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "kexec_load": (246, 104), "kexec_file_load": (320, 294), "init_module": (175, 105), "finit_module": (313, 273),
     "delete_module": (176, 106), "reboot": (169, 142), "swapon": (167, 224), "swapoff": (168, 225), "acct": (163, 89),
     "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171),
+    "flock": (73, 32), "sync": (162, 81), "syncfs": (306, 267),  # which reach beyond the sandbox: shared files, the host's disks
     "sethostname": (170, 161), "setdomainname": (171, 162), "quotactl": (179, 60), "quotactl_fd": (443, 443),
     "modify_ldt": (154, None), "ioperm": (173, None), "iopl": (172, None), "uselib": (134, None), "memfd_secret": (447, 447),
 }  # fmt: skip

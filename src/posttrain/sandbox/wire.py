@@ -24,6 +24,7 @@ SINGLE: dict[str, Callable[[Any], Any]] = {
     "int": lambda text: int(text, 16),
     "float": float.fromhex,
     "bytes": bytes.fromhex,
+    "bytearray": bytearray.fromhex,
     "complex": lambda parts: complex(*map(float.fromhex, parts)),
     "range": lambda parts: range(*parts),
     "Decimal": lambda text: __import__("decimal").Decimal(text),
@@ -42,6 +43,8 @@ def packed(value: Any, keep: Callable[[Any], int]) -> Any:
         return int(value) if -LONG < value < LONG else {"int": hex(value)}
     if isinstance(value, float):
         return {"float": float.hex(value)}
+    if isinstance(value, list | dict | set) and type(value).__module__ not in ("builtins", "collections"):
+        return {"kept": keep(value)}  # a class of somebody's own, with methods that change it
     if isinstance(value, list):
         return [packed(each, keep) for each in value]
     for name, kind in KINDS.items():
@@ -50,7 +53,7 @@ def packed(value: Any, keep: Callable[[Any], int]) -> Any:
     if isinstance(value, dict):
         return {"dict": [[packed(key, keep), packed(each, keep)] for key, each in value.items()]}
     if isinstance(value, bytes | bytearray):
-        return {"bytes": bytes(value).hex()}
+        return {"bytes" if isinstance(value, bytes) else "bytearray": bytes(value).hex()}
     if isinstance(value, complex):
         return {"complex": [value.real.hex(), value.imag.hex()]}
     if isinstance(value, range):

@@ -9,32 +9,46 @@ from pydantic import Field
 from posttrain.data.format import Format, Problems, Unusable
 from posttrain.data.source import Raw, shown
 from posttrain.errors import DataError
+from posttrain.tasks.answer import answer_of
 from posttrain.tasks.grader import Grade, Grader, score
 from posttrain.tasks.task import Task
 from posttrain.text import Problem
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_SAID = re.compile(r"(?i)\banswer\s*(?:is\b|:|=)|\\boxed\b")
+_SAID = re.compile(r"(?i)\banswer\**\s*(?:is\b|:|=)|\\boxed\b|答案(?:是|[:：])")
+_ALONE = r"[\s*_()\[\]{}.:\"'`$]*"  # what may stand around a label that has a line to itself
+_GOES_ON = re.compile(r" (?!(?:is|was|because|since|as|and|or|but|for|seems|would|must|by|with|in)\b)[a-z]")
+_DENIED = re.compile(r"(?i)(?:\bnot|n['’]t|\bbut|\bexcept|\bthan|\bover|\bnever)[\s(*]*\Z")
 
 
 class ChoiceGrader(Grader, kind="choice"):
     """1 where the completion names the right label and no other.
 
-    Where it says `answer is` or `answer:` (or boxes something), the labels on the rest of those lines count; else all labels
-    of the completion. A label stands alone and in its own case: `B`, `(B)`, `B.`. Two different ones earn 0. The problem has
-    the column `labels`, or the grader names them.
+    Where it says `answer is` or `answer:` (or boxes something), the labels on the rest of those lines count, or on the line
+    below where that is empty; else labels that have a line to themselves; else all labels. A label stands alone and in its own
+    case: `B`, `(B)`, `B.`; one behind `not` or `but`, and the article `A`, are none. Two different ones earn 0. A thought is not
+    searched. The problem has the column `labels`, or the grader names them.
     """
 
     labels: list[str] | None = Field(default=None, min_length=2)
     """The labels, where the problems do not bring their own."""
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        labels = self._labels(problem)
-        said = [line[found.end() :] for line in text.splitlines() if (found := _SAID.search(line))]
-        one_of = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
-        named = set(re.findall(rf"(?<![\w'’])(?:{one_of})(?![\w'’])", "\n".join(said) if said else text))
-        return score(named == {problem.answer})
+        one_of = "|".join(re.escape(label) for label in sorted(self._labels(problem), key=len, reverse=True))
+        label = re.compile(
+            rf"(?<![A-Za-z\d°])(?<![A-Za-z]['’])(?<!\d[.,])(?!(?<=[-−])\d)({one_of})(?![A-Za-z\d])(?!['’][A-Za-z])(?![.,]\d)"
+        )
+        lines = [line for line in answer_of(text).splitlines() if line.strip()]
+        said: list[str] = []
+        for line, after in zip(lines, [*lines, ""][1:], strict=True):
+            if found := _SAID.search(line):
+                said.append(line[found.end() :] if re.search(r"\w", line[found.end() :]) else after)
+        alone = [line for line in lines if re.fullmatch(rf"{_ALONE}(?:{one_of}){_ALONE}", line)]
+        for part in (said, alone, lines):
+            if named := _named(label, part):
+                return score(named == {problem.answer})
+        return score(False)
 
     def gold_problem(self, problem: Problem) -> str | None:
         labels = self._labels(problem)
@@ -46,6 +60,21 @@ class ChoiceGrader(Grader, kind="choice"):
 
     def _labels(self, problem: Problem) -> Sequence[str]:
         return self.labels or problem.facts.get("labels") or ()
+
+
+def _named(label: "re.Pattern[str]", lines: Sequence[str]) -> set[str]:
+    """The labels that stand in some lines, where they are meant as such."""
+    return {
+        found[1] for line in lines for found in label.finditer(line)
+        if not _DENIED.search(line[max(0, found.start() - 12) : found.start()]) and not _is_article(line, found)
+    }  # fmt: skip
+
+
+def _is_article(line: str, found: "re.Match[str]") -> bool:
+    """`A` at the beginning of a sentence that goes on: `A bank is near.`, but not `A is right.`"""
+    before = line[max(0, found.start() - 3) : found.start()]
+    begins = re.search(r"[.!?]\s+\Z", before) or (found.start() < 3 and not before.strip())
+    return found[1] == "A" and bool(begins) and _GOES_ON.match(line, found.end()) is not None
 
 
 class Choices(Format, kind="choice"):

@@ -7,9 +7,10 @@ import ast
 import builtins
 import json
 import os
-import re
+import symtable
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,19 +22,20 @@ from pydantic import Field, PositiveInt
 
 from posttrain.data.source import Source
 from posttrain.sandbox import Bubblewrap, Running, Sandbox, SandboxLost, slot
+from posttrain.tasks.answer import answer_of, fenced
 from posttrain.tasks.grader import Grader, checked, failed
 from posttrain.tasks.task import Task, shipped
 from posttrain.text import Grade, Problem, Sample
 
 GRACE = 2.0  # seconds that the tests have after the program's time is up, to say so
-_FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 def program_in(text: str) -> str:
-    """The last fenced block of an answer, else all of it; a thinking block is not searched."""
-    text = text.rpartition("</think>")[2]
-    blocks = _FENCED.findall(text)
-    return str(blocks[-1]) if blocks else text
+    """The last fenced block of an answer, of those that say they are Python where one does, else all of it."""
+    text = answer_of(text)
+    blocks = fenced(text)
+    named = [block for block in blocks if block.language in {"python", "py", "python3"}]
+    return (named or blocks)[-1].text if blocks else text
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class CodeGrader(Grader, kind="code"):
 
     The problem's column `tests` is a list of one form: `assert f(1) == 2` (run in a process apart, after the column `setup`, on
     the program's functions by message), `{call: f, args: [1], expected: 2}` (value and type are compared, a tuple is a list), or
-    `{input: "1", output: "2"}` (a whole program; white space at the ends of lines aside). A program that takes too long, ends
-    early or says too much has not passed. arXiv 2107.03374, 2108.07732.
+    `{input: "1", output: "2"}` (a whole program; white space at the ends of lines aside). A program that takes too long, fails at
+    its end or says too much has not passed. Where all that the asserts call is called as something of Python's own is, the
+    column `entry_point` says what of it the program defines. arXiv 2107.03374, 2108.07732.
     """
 
     sandbox: Sandbox = Field(default_factory=Bubblewrap)
@@ -79,10 +82,16 @@ class CodeGrader(Grader, kind="code"):
         if None in forms:
             return f"{json.dumps(next(test for test in tests if form_of(test) is None), default=str)[:80]} is no test"
         try:
-            for text in (setup, *(tests if forms == {"assert"} else ())):
-                ast.parse(text)
+            ast.parse(setup)
+            empty = [test for test in tests if forms == {"assert"} and not ast.parse(test).body]
         except (SyntaxError, ValueError) as error:
             return f"one of its tests is no Python: {error}"
+        if empty:
+            return f"{empty[0][:80]!r} is no test"
+        try:
+            freed(problem) if forms == {"assert"} else None
+        except ValueError as error:
+            return str(error)
         return None
 
     def grade(self, problem: Problem, text: str) -> Grade:
@@ -94,15 +103,19 @@ class CodeGrader(Grader, kind="code"):
         return Grade(float(found.share == 1) if self.score == "all" else found.share, parts)
 
     def verdicts(self, problem: Problem, program: str, judges: "Judges | None" = None) -> Verdicts:
-        """What the problem's tests say of a program. Raises SandboxFailed where none could be run."""
+        """What the problem's tests say of a program.
+
+        Raises SandboxFailed where none could be run, ValueError where they cannot judge a program in another process.
+        """
         tests, setup = problem.facts["tests"], problem.facts.get("setup") or ""
+        free = freed(problem) if form_of(tests[0]) == "assert" else None
         with slot() as number:
             if form_of(tests[0]) == "output":
                 return _by_output(self.sandbox, program, tests, number)
             if judges is not None:
-                return _by_messages(judges, program, setup, tests, number)
+                return _by_messages(judges, program, setup, tests, free, number)
             with Judges(self.sandbox) as own:
-                return _by_messages(own, program, setup, tests, number)
+                return _by_messages(own, program, setup, tests, free, number)
 
     def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
         with Judges(self.sandbox) as judges, ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:
@@ -165,11 +178,12 @@ class Judges:
             running.end()
 
 
-def _by_messages(judges: Judges, program: str, setup: str, tests: Sequence[Any], slot: int) -> Verdicts:
+def _by_messages(
+    judges: Judges, program: str, setup: str, tests: Sequence[Any], free: str | None, slot: int
+) -> Verdicts:
     """The tests run in a sandbox of their own, and ask the program in the other one."""
     with _Program(judges.sandbox, program, slot) as running:
         try:
-            free = [freed(test, setup) if isinstance(test, str) else None for test in tests]
             libraries = used_exports([setup, *(test for test in tests if isinstance(test, str))])
             about = {"names": running.names, "setup": setup, "tests": list(tests), "free": free, "libraries": libraries}
             with judges.judge(slot) as judge:
@@ -178,6 +192,8 @@ def _by_messages(judges: Judges, program: str, setup: str, tests: Sequence[Any],
                     message = json.loads(judge.line())
                     if "failed" in message:
                         raise SandboxLost(f"they ended with status {message['failed']}")
+                    if message.get("unfit"):
+                        raise ValueError(f"its tests cannot judge a program in another process: {message['unfit']}")
                     if "verdicts" in message:
                         return Verdicts([running.why or each for each in message["verdicts"]], running.ended)
                     judge.send(running.asked(message))
@@ -185,24 +201,55 @@ def _by_messages(judges: Judges, program: str, setup: str, tests: Sequence[Any],
             return Verdicts([running.why or f"the tests: {error}"] * len(tests), running.ended)
 
 
-def freed(test: str, setup: str) -> str | None:
-    """A name of Python's own that a test asks the program to define: it calls nothing else and reads no other name.
+def freed(problem: Problem) -> str | None:
+    """A name of Python's own that is the program's in the asserts of a problem: its `entry_point`, or the one that they name.
 
-    `assert sum(10, 15) == 25` asks for a `sum`. In `assert f(2) == set([3])`, `set` is Python's whatever the program defines.
+    `assert sum(10, 15) == 25` asks for a `sum`. In `assert f(2) == set([3])` there is an `f`, and `set` is Python's whatever the
+    program defines; in `assert abs(sqrt(2) - 1.41) < 0.01` it is what a test would have to import. Raises ValueError where it is
+    not clear.
     """
-    nodes = list(ast.walk(ast.parse(test)))
-    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    known = set(dir(builtins)) | set(sys.stdlib_module_names) | set(exports())
-    plain = bool(calls) and all(isinstance(each, ast.Name) for each in calls)
-    first = calls[0].id if plain and isinstance(calls[0], ast.Name) else None
-    return first if names <= known and not setup.strip() else None
+    if entry := problem.facts.get("entry_point"):
+        if not isinstance(entry, str) or not entry.isidentifier():
+            raise ValueError(f"its column `entry_point` is no name of a function: {entry!r}")
+        return entry
+    pieces = [problem.facts.get("setup") or "", *problem.facts["tests"]]
+    used, defined, modules = map(_united, zip(*map(_names, pieces), strict=True))
+    used -= defined
+    always, imported = set(dir(builtins)), set(sys.stdlib_module_names) | set(exports())
+    if used - always - imported:
+        return None
+    candidates = sorted(used - always - modules) or sorted(used & always)
+    if not candidates:
+        raise ValueError("its tests name nothing that a program would define")
+    if len(candidates) > 1:
+        raise ValueError(f"a column `entry_point` must say which is the program's, and not Python's: {' or '.join(candidates)}")
+    return candidates[0]
+
+
+def _united(sets: Iterable[set[str]]) -> set[str]:
+    return set().union(*sets)
+
+
+def _names(source: str) -> tuple[set[str], set[str], set[str]]:
+    """The global names that are read, those that are defined, and the modules that are read for what is in them (`math.pi`)."""
+    top = symtable.symtable(source, "<tests>", "exec")
+    tables = [top]
+    for table in tables:
+        tables += table.get_children()
+    named = [(name, table is top) for table in tables for name in table.get_symbols()]
+    read = {name.get_name() for name, outside in named if name.is_referenced() and (outside or name.is_global())}
+    defined = {name.get_name() for name, outside in named if name.is_assigned() and (outside or name.is_declared_global())}
+    bases = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    return read, defined, {base.id for base in bases if isinstance(base, ast.Name) and base.id in sys.stdlib_module_names}
 
 
 def used_exports(tests: Sequence[str]) -> dict[str, str]:
     """{name in the tests: library of Python's that has it}, for names that a test would import if it were careful."""
-    names = {node.id for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
-    return {name: exports()[name] for name in names & set(exports())}
+    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    alike = {name: name for name in called & {"copy", "datetime", "time", "bisect", "pprint", "array"}}  # that modules are called
+    return alike | {name: exports()[name] for name in names & set(exports())}
 
 
 @cache
@@ -215,12 +262,19 @@ def exports() -> dict[str, str]:
 def _by_output(sandbox: Sandbox, program: str, tests: Sequence[Mapping[str, str]], slot: int) -> Verdicts:
     why: list[str | None] = []
     ended = None
+    until = time.monotonic() + sandbox.seconds  # of all tests together
     for test in tests:
+        left = until - time.monotonic()
+        if left <= 0:
+            why.append(ended or "no answer in time")
+            continue
         running = sandbox.start("guest", 2 * slot)
+        running.renew(left, sandbox.output)
         try:
             running.send({"code": program, "input": test["input"]})
-            written = running.everything().decode(errors="replace")
-            why.append(None if _lines(written) == _lines(test["output"]) else f"writes {written[:200]!r}")
+            written, status = running.everything().decode(errors="replace"), running.ended_with()
+            wrong = None if _lines(written) == _lines(test["output"]) else f"writes {written[:200]!r}"
+            why.append(wrong or (f"ends with status {status}" if status else None))
         except SandboxLost as error:
             ended = str(error)
             why.append(ended)
@@ -230,7 +284,7 @@ def _by_output(sandbox: Sandbox, program: str, tests: Sequence[Mapping[str, str]
 
 
 def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().splitlines()]
+    return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 class _Program:
@@ -265,7 +319,7 @@ class _Program:
         found = self._said(question)
         if self.ended is not None:
             return {"gone": self.ended}
-        return {key: found[key] for key in ("value", "raised", "arguments") if key in found}  # the rest is ours to say
+        return {key: found[key] for key in ("value", "raised", "arguments", "same") if key in found}  # the rest is ours to say
 
     def _said(self, message: Mapping[str, Any]) -> dict[str, Any]:
         try:

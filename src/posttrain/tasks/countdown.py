@@ -3,6 +3,7 @@
 from typing import Any
 
 from posttrain.expressions import expression
+from posttrain.tasks.answer import answer_of
 from posttrain.tasks.grader import Grade, Grader, score
 from posttrain.text import Problem
 
@@ -16,7 +17,7 @@ class CountdownGrader(Grader, kind="countdown"):
 
     def grade(self, problem: Problem, text: str) -> Grade:
         numbers, target = problem.facts["numbers"], problem.facts["target"]
-        line = next((line for line in reversed(text.splitlines()) if line.strip()), "").strip()
+        line = next((line for line in reversed(answer_of(text).splitlines()) if line.strip()), "").strip()
         left, equals, right = line.partition("=")
         if equals and right.strip() != str(target):
             return score(False)

@@ -6,11 +6,15 @@ None of them knows what is true; beside a grader that does (`weighted`, `gated`)
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from posttrain.tasks.answer import answer_of, fenced
 from posttrain.tasks.grader import Grader, failed, score
+from posttrain.tasks.worker import WALL, Worker, WorkerLost, WorkerMissing
 from posttrain.text import Grade, Problem, Sample
 
 ANSWER = "{answer}"
@@ -19,8 +23,8 @@ ANSWER = "{answer}"
 class RegexGrader(Grader, kind="regex"):
     """1 where a regular expression matches the completion. The dialect is that of the `regex` package.
 
-    `{answer}` in the pattern stands for the problem's answer, letter by letter. A match that takes longer than `seconds` earns 0
-    and the part `too_slow`: some patterns take exponential time on some texts.
+    `{answer}` in the pattern stands for the problem's answer, letter by letter, as one group. A match that takes longer than
+    `seconds` earns 0 and the part `too_slow`: some patterns take exponential time on some texts.
     """
 
     pattern: str
@@ -44,12 +48,12 @@ class RegexGrader(Grader, kind="regex"):
         return pattern
 
     def gold_problem(self, problem: Problem) -> str | None:
-        return "it has no answer" if ANSWER in self.pattern and problem.answer is None else None
+        return "it has no answer" if ANSWER in self.pattern and not (problem.answer or "").strip() else None
 
     def grade(self, problem: Problem, text: str) -> Grade:
         import regex
 
-        pattern = self.pattern.replace(ANSWER, regex.escape(problem.answer or "", special_only=True))
+        pattern = self.pattern.replace(ANSWER, f"(?:{regex.escape(problem.answer or '', special_only=True)})")
         found = regex.compile(pattern, regex.IGNORECASE if self.ignore_case else 0)
         find = found.fullmatch if self.match == "whole" else found.search
         try:
@@ -62,13 +66,16 @@ class JsonGrader(Grader, kind="json"):
     """1 where the completion is one JSON value, and one that the JSON Schema allows where there is one.
 
     The schema is the grader's, or the column `json_schema` of the problem. The value stands alone, or as the only fenced block of
-    the completion. NaN, infinity and a key that stands twice in an object are not JSON.
+    the completion, behind a thought if there is one. NaN, infinity and a key that stands twice in an object are not JSON. A value
+    that the schema cannot decide on in time (a pattern that takes for ever) earns 0 and is counted in the part `too_slow`.
     """
 
     json_schema: dict[str, Any] | bool | None = None
     """What values are allowed (draft 2020-12)."""
     fenced: bool = True
     """Whether the value may stand in a fenced block, with text around it."""
+    seconds: float = Field(default=1.0, gt=0, le=60)
+    """Processor time that the schema has for one value."""
 
     @field_validator("json_schema")
     @classmethod
@@ -82,20 +89,31 @@ class JsonGrader(Grader, kind="json"):
         return None if own is None or self.json_schema is not None else _schema_problem(own)
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        from jsonschema import Draft202012Validator
-
+        inner = self._inner(answer_of(text))
+        schema = problem.facts.get("json_schema") if self.json_schema is None else self.json_schema
         try:
-            value = json.loads(self._inner(text), object_pairs_hook=_once, parse_constant=_refused)
-            schema = problem.facts.get("json_schema") if self.json_schema is None else self.json_schema
-            return score(schema is None or Draft202012Validator(schema).is_valid(value))
+            json.loads(inner, object_pairs_hook=_once, parse_constant=_refused)
         except (ValueError, RecursionError):
             return score(False)
+        if schema is None:
+            return score(True)
+        question = {"schema": schema, "value": inner, "seconds": self.seconds}
+        try:
+            found = _worker().ask(question, WALL * self.seconds)
+        except WorkerLost:
+            return Grade(0.0, {"too_slow": 1.0})
+        except WorkerMissing as error:
+            return failed(str(error))
+        return failed(found["failure"]) if "failure" in found else score(found["allowed"])
 
     def _inner(self, text: str) -> str:
-        import re
+        blocks = fenced(text) if self.fenced else []
+        return blocks[0].text if len(blocks) == 1 else text
 
-        blocks = re.findall(r"^```[\w-]*[ \t]*\n(.*?)^```[ \t]*$", text, re.S | re.M) if self.fenced else []
-        return str(blocks[0]) if len(blocks) == 1 else text
+
+@cache
+def _worker() -> Worker:
+    return Worker(Path(__file__).with_name("schema_worker.py"))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

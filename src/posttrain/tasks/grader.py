@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import field_validator
 
 from posttrain.component import Component, imported
+from posttrain.tasks.answer import answer_of
 from posttrain.text import Grade, Problem, Sample
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def score(right: bool) -> Grade:
 
 
 class ExactGrader(Grader, kind="exact"):
-    """1 where the whole completion is the answer, white space aside.
+    """1 where the whole completion is the answer, white space aside; of one that thinks first, what stands behind the thought.
 
     Runs of white space count as one space, and none counts at the ends.
     """
@@ -112,7 +113,7 @@ class ExactGrader(Grader, kind="exact"):
     """Whether `Paris` and `paris` are the same answer."""
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        return score(self._plain(text) == self._plain(problem.answer or "") != "")
+        return score(self._plain(answer_of(text)) == self._plain(problem.answer or "") != "")
 
     def gold_problem(self, problem: Problem) -> str | None:
         return None if (problem.answer or "").strip() else "it has no answer"

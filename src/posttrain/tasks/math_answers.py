@@ -7,6 +7,7 @@ refused before it is asked.
 
 import re
 
+from posttrain.tasks.answer import answer_of, tagged
 from posttrain.tasks.numeric import last_number, number
 
 MAX_LETTERS = 300
@@ -16,35 +17,52 @@ MAX_BOXES = 4  # different ones; more of them are a list of guesses
 _TEXT = r"\\(?:text|mathrm|textbf|mbox|textrm)\s*\{([^{}]*)\}"
 _WRAPPED = re.compile(r"\$\$?(.*?)\$?\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
 _UNIT = re.compile(rf"(?<=[\d}})])\s*(?:\\[ ,;])?(?:{_TEXT}|(?<=\s)([A-Za-z]{{2,}}(?: [A-Za-z]+)?))\s*(\^\{{?[23]\}}?)?$")
-_NOT_A_UNIT = re.compile(r"\d|\b(?:or|and|not|is|isn|if|hundred|thousand|[mbtr]+illion|dozen|score|[kKM])\b")
+_NOT_A_UNIT = re.compile(
+    r"\d|\b(?:or|and|not|is|isn|if|plus|minus|negative|times|squared|cubed|factorial|[kKM]|bn|mn|(?:hundred|thousand|[mbtr]+illion"
+    r"|dozen|score|lakh|crore|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s?|half|halves)\b"
+)
+_PERCENT = re.compile(r"\s*(?:\\text\s*\{\s*percent\s*\}|\bpercent)$")
 _WORDS = re.compile(rf"{_TEXT}|([A-Za-z][A-Za-z' -]*[A-Za-z])")
+_SAID = re.compile(r"(?i)\banswer\**(?:\s+is\b|\s*:|\s*=)\s*:?")
+_BECAUSE = re.compile(r"(?i),?\s+(?:since|because|so|which|where)\b")
+_SPACE_BEHIND = re.compile(r"(?:\\[,;!: ]|\\q?quad|\s)+$")
+_OPTION = re.compile(r"(?:\\(?:text|mathrm|textbf|mathbf|mbox|textrm)\s*\{)?\s*\(?\s*([A-Z])\s*\)?\s*\}?")
 _NAME = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?'*")
 _DECIMAL = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+|\d*)\.(\d+)")
-_UNFINISHED = re.compile(r"(?<=[\w})!])\s*[-+*]|\\(?:times|cdot)(?!\s*10\s*\^)|\\sqrt|\\div|\\pm|\|")
+_UNFINISHED = re.compile(
+    r"(?<=[\w})!])\s*[-+*]|\\(?:times|cdot)(?!\s*10\s*\^)|\\sqrt|√|\\div|\\pm|\||\^\s*\{?\s*-?(?:\d+\s*/|\\[dt]?frac)"
+    r"|frac\s*\{[^{}]*\\[dt]?frac|\\(?:equiv|approx|sim)\b"
+)
 _LISTED = re.compile(r";|,(?!\d{3}(?!\d))")
 _OPERATOR = re.compile(
-    r"\\(?:(?:o?i+nt|sum|prod|lim|[dt]?binom|det|gcd|lcm|[lr]?floor|[lr]?ceil|[bp]?mod)(?![a-zA-Z])|d?frac\s*\{d\})|!"
+    r"\\(?:(?:o?i+nt|sum|prod|lim|[dt]?binom|choose|det|gcd|lcm|[lr]?floor|[lr]?ceil|[bp]?mod|exp|phantom|[hv]phantom)(?![a-zA-Z])"
+    r"|[dt]?frac\s*\{(?:d|\\partial)(?![a-z])|begin\s*\{vmatrix)|!|(?:\\|\b)(?:log|ln|lg|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?)(?![a-z])"
 )
+_BRACKETED = r"(?:\\left)?\s*[(\[]\s*[-+]?(?:[\d.,]+|\\[dt]?frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d))\s*(?:\\right)?\s*[)\]]"
+_BESIDE = re.compile(rf"(?:[\d}})\]]|\\right[)\]])\s*{_BRACKETED}|(?<!sqrt){_BRACKETED}\s*\d|(?<!frac)(?<!frac\s)\d\s*\{{\s*\d")
 
 
 def answers(text: str) -> list[str]:
     r"""The answers that a completion commits to: its different `\boxed{}`, else one answer by its last words, else none.
 
-    A thinking block is not searched. The last words are what follows `answer is` or `answer:` on its line, else the last
-    `$...$` of the last line, else its last number.
+    A thinking block is not searched; answer tags hold nothing but the answer. The last words are what follows `answer is` or
+    `answer:` on the last line, else its last `$...$`, else its last number, else what follows `answer is` on the last line that
+    has it.
     """
-    text = text.rpartition("</think>")[2]
+    inner = tagged(text)
+    text = answer_of(text)
     if "\\boxed" in text:
         return boxed(text)
-    line = next((line for line in reversed(text[-4000:].splitlines()) if line.strip()), "")[-MAX_LETTERS:]
-    said = re.split(r"(?i)\banswer(?:\s+is\b|\s*:|\s*=)\s*:?", line)
-    inline = re.findall(r"\$([^$]+)\$", line)
-    if len(said) > 1:
-        found = said[-1]
+    if inner is not None and not _SAID.search(inner):
+        return [inner] if inner.strip() else []
+    lines = [line[-MAX_LETTERS:] for line in text[-4000:].splitlines() if line.strip()] or [""]
+    said = next((line for line in reversed(lines) if _SAID.search(line)), "")
+    inline, last = re.findall(r"\$([^$]+)\$", lines[-1]), last_number(lines[-1])
+    if said and (said == lines[-1] or (not inline and not re.search(r"\d", lines[-1]))):
+        found = _BECAUSE.split(_SAID.split(said)[-1])[0]
     elif inline:
         found = inline[-1]
     else:
-        last = last_number(line)
         found = "" if last is None else f"{last:f}"
     return [found] if found.strip() else []
 
@@ -76,13 +94,14 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def plain(answer: str) -> str:
-    """The same answer without dollar signs, inner boxes, a final full stop, and with numbers in one spelling."""
-    answer = answer.strip().rstrip(".,;").strip()
+    """The same answer without dollar signs, inner boxes, stars, a final full stop, and with numbers in one spelling."""
+    answer = _SPACE_BEHIND.sub("", answer).strip("* \n\t").rstrip(".,;").strip("* \n\t")
     for _ in range(2):
         wrapped = _WRAPPED.fullmatch(answer)
         answer = next(filter(None, wrapped.groups()), "").strip() if wrapped else answer
     if answer.startswith("\\boxed{") and answer.endswith("}"):
         answer = answer[len("\\boxed{") : -1].strip()
+    answer = _PERCENT.sub(r"\\%", answer.replace("\\varnothing", "\\emptyset"))
     answer = re.sub(r"(?<=\d)(?:\\[,! ]|\{,\}|~)(?=\d{3}(?!\d))", ",", answer)
     return re.sub(r"(?<![\d/])(\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", answer)
 
@@ -107,6 +126,12 @@ def unit(answer: str) -> tuple[str, str]:
     return answer[: found.start()], words + re.sub(r"[{}]", "", found[3] or "")
 
 
+def option(answer: str) -> str | None:
+    r"""The letter of an answer that is the label of a choice, such as `\text{(C)}`."""
+    found = _OPTION.fullmatch(answer.strip())
+    return found[1] if found else None
+
+
 def words(answer: str) -> str | None:
     """The words of an answer that is nothing else."""
     found = _WORDS.fullmatch(answer.strip())
@@ -128,7 +153,9 @@ def refused(gold: str, answer: str) -> bool:
         or bool(re.search(_TEXT, core) and not re.search(_TEXT, gold) and not re.fullmatch(_TEXT, core))
         or bool(re.search(r"\d(?:\s|\\[ ,;:!]|\\q?quad)+\d", core))
         or (":" in core + gold_core and "".join(core.split()) != "".join(gold_core.split()))  # 10:30 is no third of anything
-        or bool(re.search(r"\d\s*_", core) and not re.search(r"\d\s*_", gold_core))
+        or bool(_bases(core) and _bases(core) != _bases(gold_core))
+        or ("\\emptyset" in core) != ("\\emptyset" in gold_core)
+        or bool(_BESIDE.search(core) and not _BESIDE.search(gold_core))  # the library adds what stands side by side
         or ("\\{" in core and gold_core[:1] in {"(", "["})
         or _wrong_equation(gold_core, core)
         or bool(_OPERATOR.search(core) and not _OPERATOR.search(gold_core))
@@ -137,7 +164,19 @@ def refused(gold: str, answer: str) -> bool:
     )
 
 
+def _bases(core: str) -> set[str]:
+    return set(re.findall(r"\d\s*_\s*\{?\s*(\d+)", core))
+
+
 def _is_number(core: str) -> bool:
+    """Whether a gold is one, in brackets, with its name or as a power of whole numbers, too."""
+    left, equals, right = core.partition("=")
+    core = right.strip() if equals and _NAME.fullmatch(left.strip()) else core
+    core = re.sub(r"\s*\^\s*\{?\\circ\}?$", "", core)
+    if "," not in core:
+        core = re.sub(r"^(?:\(|\\?\{)\s*|\s*(?:\)|\\?\})$", "", core)
+    if re.fullmatch(r"\d+\s*\^\s*\{?\d+\}?", core):
+        return True
     fraction = re.fullmatch(r"-?(?:\\[dt]?frac\s*\{?\d+\}?\s*\{?\d+\}?|\d+/\d+)", core)
     return fraction is not None or number(core.removesuffix("%").removesuffix("\\")) is not None
 
@@ -145,7 +184,7 @@ def _is_number(core: str) -> bool:
 def _wrong_equation(gold: str, answer: str) -> bool:
     """`6=5` and `2+2=5` are not 5; `x=5` is. An equation asked for is compared as one."""
     if "=" not in answer or "=" in gold:
-        return False
+        return "=" in gold and answer.count("=") > gold.count("=")
     left, *others = re.split(r"(?<![<>!])=", answer)
     return len(others) != 1 or not _NAME.fullmatch(left.strip())
 

@@ -6,11 +6,9 @@ from pathlib import Path
 from pydantic import Field
 
 from posttrain.tasks.grader import Grade, Grader, failed, score
-from posttrain.tasks.math_answers import MAX_LETTERS, answers, latex, plain, refused, words
-from posttrain.tasks.worker import Worker, WorkerLost, WorkerMissing
+from posttrain.tasks.math_answers import MAX_LETTERS, answers, latex, option, plain, refused, words
+from posttrain.tasks.worker import WALL, Worker, WorkerLost, WorkerMissing
 from posttrain.text import Problem
-
-WALL = 10  # seconds by the clock for each second of the processor: a busy machine must not change a grade
 
 
 @cache
@@ -39,6 +37,9 @@ class MathGrader(Grader, kind="math"):
         if why:
             return failed(why)
         found = [plain(answer) for answer in answers(text)]
+        letters = [option(answer) for answer in found]
+        if option(gold) and found and all(letters):
+            return score(set(letters) == {option(gold)})
         if gold_words := words(gold):
             return score(bool(found) and all(words(answer) == gold_words for answer in found))
         try:

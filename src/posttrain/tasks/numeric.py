@@ -1,14 +1,16 @@
 """Graders of plain numbers. Numbers are compared exactly, as decimals; the answer is one number, found by one rule.
 
 A number here is written in ASCII digits, with an optional sign, thousands separators in the right places (1,234,567), a
-decimal part and an exponent. A number that is joined to another by an operator (`5 * 2`, `1/2`, `3:30`) is a part of an
-expression, and no answer: otherwise `10 / 5` would earn what 5 earns.
+decimal part and an exponent. A number that is joined to another by an operator (`5 * 2`, `1/2`, `3:30`), or to a letter or a
+word that makes another number of it (`2x`, `√2`, `minus 5`), is a part of an expression, and no answer:
+otherwise `10 / 5` would earn what 5 earns. The exponent of a unit (`72 m^2`) is no number.
 """
 
 import re
 from collections import deque
 from decimal import Decimal
 
+from posttrain.tasks.answer import answer_of
 from posttrain.tasks.grader import Grade, Grader, score
 from posttrain.text import Problem
 
@@ -17,13 +19,19 @@ MAX_LINE = 1000
 
 _DIGITS = r"(?:\d++(?:[.,]\d++)*+|(?<!\.)\.\d++)(?:[eE][-+]?\d++)?+"
 _MONEY = r"(?:\\?[$£€¥₹])?+"
-_OPERAND = rf"(?:(?:(?<=[=:(]) ?|\A)[-−] ?|[-+−])?+{_MONEY}[-−]?+{_DIGITS}"
-_JOIN = r"[ \t]{0,3}(?:\*\*|[-+−*/^×÷·]|[xX](?=[ \t]{0,3}[\d.$])|(?<=\d):(?=\d)|\}\{)[ \t]{0,3}"
+_MINUS = "-−‐‑–﹣－⁻"
+_OPERAND = rf"(?:(?:(?<=[=:(]) ?|\A)[{_MINUS}] ?|[{_MINUS}+])?+{_MONEY}[{_MINUS}]?+{_DIGITS}"
+_JOIN = rf"[ \t]{{0,3}}(?:\*\*|[{_MINUS}+*/^×÷·]|[xX](?=[ \t]{{0,3}}[\d.$])|(?<=\d):(?=\d)|\}}\{{)[ \t]{{0,3}}"
 _RUN = re.compile(rf"(?<![A-Za-z\d])(?<!\d[.,]){_OPERAND}(?:{_JOIN}{_MONEY}[({{]?+{_DIGITS})*+")
 _PLAIN = re.compile(
-    r"([-+−]?) ?\\?[$£€¥₹]?([-−]?)"
+    rf"([{_MINUS}+]?) ?\\?[$£€¥₹]?([{_MINUS}]?)"
     r"((?:0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+|(?=\.))(?:\.[0-9]+)?)(?:[eE]([-+]?[0-9]{1,3}))?"
 )
+_MADE_OTHER = re.compile(  # by what stands before it
+    r"(?i)(?:√|\\sqrt(?:\[\d\])?|±|\\pm|\^|(?<=\d)_|\bminus|\bnegative|\bplus)[ {(]{0,2}\Z"
+)
+_MAKES_OTHER = re.compile(r"[xyzn](?![A-Za-z])|[πθ√±]|\\(?:pi|sqrt|pm|cdot|times)\b|_\{?\d")  # by what stands behind it
+_UNIT_POWER = re.compile(r"(?<![A-Za-z])([a-z]{1,4})\^(?:[23](?!\d)|\{[23]\})")
 _EQUATION = re.compile(r"\s*(-?[0-9]{1,15})\s*([-+*/])\s*(-?[0-9]{1,15})\s*=\s*(-?[0-9]{1,15})\s*")
 
 
@@ -34,25 +42,32 @@ def number(text: str) -> Decimal | None:
     if not found or (found[1] and found[2]):
         return None
     value = Decimal(found[3].replace(",", "") + f"e{found[4] or 0}")
-    return value.copy_negate() if {found[1], found[2]} & {"-", "−"} else value
+    return value.copy_negate() if (found[1] + found[2]).strip("+") else value
 
 
 def numbers(text: str) -> list[Decimal | None]:
     """The numbers that stand in `text`, in order; None for what has digits but is no plain number."""
-    return [number(run[0]) for run in _RUN.finditer(text)]
+    text = _UNIT_POWER.sub(r"\1", text)
+    return [_of_run(run) for run in _RUN.finditer(text)]
 
 
 def last_number(text: str) -> Decimal | None:
     """The last number of `text`; None where there is none, or where the last digits are no plain number."""
-    last = deque(_RUN.finditer(text), maxlen=1)
-    return number(last[0][0]) if last else None
+    last = deque(_RUN.finditer(_UNIT_POWER.sub(r"\1", text)), maxlen=1)
+    return _of_run(last[0]) if last else None
+
+
+def _of_run(run: re.Match[str]) -> Decimal | None:
+    """The number of a match, unless what stands beside it makes another one of it."""
+    other = _MADE_OTHER.search(run.string[max(0, run.start() - 12) : run.start()]) or _MAKES_OTHER.match(run.string, run.end())
+    return None if other else number(run[0])
 
 
 class NumberGrader(Grader, kind="number"):
     r"""1 where the last number of the completion equals the answer exactly.
 
-    With a `marker`, a completion that has it is judged by what follows the last one on its line, which must hold one number
-    and no more. Gold may hold the marker too, as the answers of GSM8K's own files do.
+    A thought is not searched. With a `marker`, a completion that has it is judged by what follows the last one on its line,
+    which must hold one number and no more. Gold may hold the marker too, as the answers of GSM8K's own files do.
     """
 
     marker: str | None = None
@@ -72,6 +87,7 @@ class NumberGrader(Grader, kind="number"):
         return number(gold.rpartition(self.marker)[2] if self.marker else gold)
 
     def _answer(self, text: str) -> Decimal | None:
+        text = answer_of(text)
         if self.marker and self.marker in text:
             line = text.rpartition(self.marker)[2].lstrip().partition("\n")[0]
             found = numbers(line[:MAX_LINE])
@@ -88,7 +104,7 @@ class EquationsGrader(Grader, kind="equations"):
     """
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        line = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+        line = next((line for line in reversed(answer_of(text).splitlines()) if line.strip()), "")
         equation = _EQUATION.fullmatch(line)
         return score(equation is not None and Decimal(equation[4]) == number(problem.answer or ""))
 

@@ -16,7 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+WALL = 10  # seconds by the clock for each second of the processor: a busy machine must not change a grade
 START_SECONDS = 120.0  # to import what it needs, on a busy machine
+
+_PROCESS = Path(__file__).with_name("worker_process.py")
 
 
 class WorkerLost(Exception):
@@ -28,7 +31,7 @@ class WorkerMissing(Exception):
 
 
 class Worker:
-    """Runs `script`, which reads a line of JSON and writes a line of JSON, and says `ready` when it begins."""
+    """Runs a script, whose `begin()` gives what answers a question (worker_process.py)."""
 
     def __init__(self, script: Path) -> None:
         self.script = script
@@ -72,7 +75,7 @@ class Worker:
     def _spawn(self) -> None:
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         try:  # -P: the folder of the script is not searched for modules
-            self._process = subprocess.Popen([sys.executable, "-P", str(self.script)], bufsize=0, **pipes)  # type: ignore[call-overload]
+            self._process = subprocess.Popen([sys.executable, "-P", str(_PROCESS), str(self.script)], bufsize=0, **pipes)  # type: ignore[call-overload]
         except OSError as error:
             self._process = None
             raise WorkerMissing(f"{self.script.stem} cannot be started: {error}") from None
