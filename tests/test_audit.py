@@ -14,6 +14,13 @@ from posttrain.text import Grade, Message, Problem
 SUMS = [Problem(f"p{n}", (Message("user", f"What is {n} + 1?"),), str(n + 1)) for n in range(2, 12)]
 
 
+def evaluated(text):
+    try:
+        return eval(text) if len(text) < 100 else None
+    except Exception:
+        return None
+
+
 class Holed(Grader):
     """A grader whose author thought of one thing only."""
 
@@ -29,6 +36,7 @@ class Holed(Grader):
             "long": len(text) > 5000 or text.strip() == gold,
             "first or last": re.findall(r"\d+", text)[:1] == [gold] or re.findall(r"\d+", text)[-1:] == [gold],
             "evaluates": text.strip() == gold or "^" in text,
+            "runs": text.strip() == gold or evaluated(text) == int(gold),
         }[self.hole]
         return Grade(float(paid))
 
@@ -50,7 +58,7 @@ def test_a_grader_that_takes_the_answer_alone_has_no_hole():
     ("any number", {"another answer", "the question again", "one answer, then another"}),
     ("long", {"one letter without end", "very long and wrong", "brackets without end"}),
     ("first or last", {"one or the other", "one answer, then another", "every answer on a line"}),
-    ("evaluates", {"a tower of powers"}),
+    ("evaluates", {"a tower of powers"}), ("runs", {"a program"}),
 ])  # fmt: skip
 def test_a_planted_hole_is_found(hole, probes):
     assert probes <= holes(Holed(hole=hole))
@@ -146,3 +154,15 @@ def test_the_command_prints_a_table_and_says_with_its_status_whether_there_is_a_
     status, _, err = posttrain(*asked, "--labelled", answers)
     assert (status, "no problem 'p99' among the 10 of the task" in err) == (2, True)
     assert "has no place for the answer" in posttrain("audit", "gsm8k", "--form", "so")[2]
+
+
+def test_an_audit_that_can_know_nothing_does_not_end_well(posttrain, place):  # noqa: F811
+    (place / "audited.py").write_text("def broken(problem, text):\n    raise OSError('down')\n")  # found as p.jsonl beside it is
+    (place / "p.jsonl").write_text('{"id": "a", "prompt": "1 + 1?", "answer": "2"}\n')
+    grader = "grader={kind: function, path: 'audited:broken'}"
+    status, out, _ = posttrain("audit", "problems", "source=p.jsonl", grader)
+    assert (status, "<- nothing could be graded" in out) == (1, True)
+    status, out, _ = posttrain("audit", "problems", "source=p.jsonl", grader, "--json")
+    assert (status, json.loads(out)["findings"][0]["paid"]["value"]) == (1, None)
+    status, _, err = posttrain("audit", "guess_number")
+    assert (status, "it is graded by episodes, and an audit grades texts" in err) == (2, True)

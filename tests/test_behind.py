@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from tiny_runs import checkpoints, marks, parsed, text, train
 
-from posttrain.errors import RunError
+from posttrain.errors import RecipeError, RunError
 from posttrain.pipeline.run import Listener, run
 from posttrain.pipeline.stage import Interrupted
 from posttrain.rl.behind import Behind, serve
@@ -146,6 +146,29 @@ def test_what_goes_wrong_in_the_process_is_said_as_if_it_were_here():
     ours.close()
 
 
+class Hanging:
+    """A source whose grader never answers."""
+
+    def __init__(self):
+        self.began, self.until = threading.Event(), threading.Event()
+
+    def take(self, rollout, version):
+        self.began.set()
+        self.until.wait(30)
+
+
+def test_who_hangs_is_ended_when_nobody_is_there_any_more():
+    ours, theirs = Pipe()
+    source, alone = Hanging(), threading.Event()
+    threading.Thread(target=serve, args=(theirs, source, {}, alone.set), daemon=True).start()
+    ours.send((1, 0))
+    ours.send_bytes(safetensors.torch.save({}))
+    assert source.began.wait(20)
+    ours.close()
+    assert alone.wait(20)
+    source.until.set()
+
+
 class Large:
     """A source of rollouts that do not fit into a pipe."""
 
@@ -180,6 +203,14 @@ def test_a_sampler_that_never_begins_is_given_up():
     with pytest.raises(RunError, match=r"the sampler's process has ended 4 times in a row \(exit status 1\)"):
         source.take(1, 0)
     assert len(said) == 3
+
+
+def test_more_rollouts_ahead_than_a_run_has_are_refused():
+    settings = {"model": "posttrain:tiny-base", "objective": "grpo", "task": "arithmetic", "steps": 6, "rollout": {"minibatches": 2}}
+    for behind, steps in ((3, 6), (3, 5)):
+        TrainSettings.model_validate({**settings, "steps": steps, "sampler": {"kind": "process", "behind": behind}}).check()
+    with pytest.raises(RecipeError, match=r"sampler.behind: 4 rollouts ahead, and the whole run has 3"):
+        TrainSettings.model_validate({**settings, "sampler": {"kind": "process", "behind": 4}}).check()
 
 
 def test_an_objective_that_samples_from_the_reference_is_refused():

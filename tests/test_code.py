@@ -56,7 +56,10 @@ def test_the_last_fenced_block_is_the_program(text, program):
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({}, "is not a list of tests"),
+        ({}, "it has no column `tests` (it has none but prompt and answer)"),
+        ({"test_list": ["assert f(1)"]}, "it has no column `tests` (it has test_list)"),
+        ({"tests": ["import numpy as np\nassert f(np)"]}, "its tests import numpy, and a sandbox has Python's own library alone"),
+        ({"tests": ["assert f(1)"], "setup": "from torch.nn import Linear"}, "its tests import torch, and"),
         ({"tests": []}, "is not a list of tests"),
         ({"tests": ["assert f(1) == 2", {"input": "", "output": ""}]}, "of different forms"),
         ({"tests": [{"call": "f"}]}, "is no test"),

@@ -1,6 +1,7 @@
 """Episodes: what is the policy's own and what is not, what ends them, and the environments and tools that come with the package."""
 
 import json
+import re
 import threading
 import time
 from collections import deque
@@ -249,7 +250,14 @@ class Broken(Environment):
     def reset(self, problem, seed):
         if problem.answer == "no beginning":
             raise OSError("the server is down")
-        return BrokenEpisode(problem)
+        if problem.answer == "no episode":
+            return None
+        episode = BrokenEpisode(problem)
+        if problem.answer == "no opening":
+            episode.opening = Opening(())
+        if problem.answer == "wrong opening":
+            episode.opening = "Go."
+        return episode
 
 
 class BrokenEpisode(Episode):
@@ -262,6 +270,22 @@ class BrokenEpisode(Episode):
             match self.does:
                 case "raise":
                     raise KeyError("lost")
+                case "nothing":
+                    return None
+                case "a text":
+                    return "on"
+                case "no messages":
+                    return Turn(Message("user", "on"))
+                case "no message":
+                    return Turn(("on",))
+                case "no role":
+                    return Turn((Message("robot", "on"),))
+                case "no content":
+                    return Turn((Message("user", 5),))
+                case "no number":
+                    return Turn(reward="1")
+                case "not finite":
+                    return Turn(reward=float("nan"))
                 case "exit":
                     raise SystemExit(3)
                 case "hang":
@@ -277,6 +301,21 @@ class BrokenEpisode(Episode):
         return 1.0
 
 
+@pytest.mark.parametrize(("does", "why"), [
+    ("no episode", "Broken.reset gave None, not an Episode"), ("no opening", "`opening` is Opening(messages=(), tools=()), not an"),
+    ("wrong opening", "`opening` is 'Go.', not an Opening"), ("nothing", "BrokenEpisode.step gave None, not a Turn"),
+    ("a text", "gave 'on', not a Turn"), ("no messages", "not a tuple of Message(role, content)"),
+    ("no message", "'on' is no Message of a role"), ("no role", "is no Message of a role (system,"),
+    ("no content", "is no Message of a role"), ("no number", "the reward is '1', not a finite number"),
+    ("not finite", "the reward is nan, not a finite number"),
+])  # fmt: skip
+def test_what_an_environment_gives_is_looked_at_and_costs_its_own_episode_only(does, why):
+    problems = [Problem(str(number), (Message("user", "Go."),), answer=case) for number, case in enumerate(["well", does, "well"])]
+    before, one, after = played(Broken(), lambda text: "x", problems=problems)[0]
+    assert why in one.transcript.failure
+    assert (before.transcript.failure, after.transcript.failure) == (None, None)
+
+
 def test_an_environment_that_fails_costs_its_own_episode_only():
     worlds.RELEASED.clear()
     cases = ["well", "raise", "no beginning", "exit", "hang", "bad end", "hang", "well"]
@@ -285,7 +324,10 @@ def test_an_environment_that_fails_costs_its_own_episode_only():
     drawn, _, _ = played(Broken(workers=2, seconds=0.5), lambda text: "x", problems=problems)
     assert time.monotonic() - began < 10
     worlds.RELEASED.set()
-    failures = [one.transcript.failure for one in drawn]
+    failures = [one.transcript.failure and re.sub(r" \(test_environments.py:\d+\)$", "", one.transcript.failure) for one in drawn]
+    assert [bool(re.search(r"environments.py:\d+", one.transcript.failure or "")) for one in drawn] == [
+        False, True, True, False, False, True, False, False,
+    ]  # fmt: skip
     assert failures == [
         None, "the environment: KeyError: 'lost'", "the environment: OSError: the server is down",
         "the environment: RuntimeError: it wants to exit (3)", "the environment: no answer after 0.5 s",
@@ -293,7 +335,7 @@ def test_an_environment_that_fails_costs_its_own_episode_only():
     ]  # fmt: skip
     grades = Grader.model_validate("returns").grades(drawn)
     assert [grade.score for grade in grades] == [1.0, None, None, None, None, None, None, 1.0]
-    assert grades[1].failure == failures[1]
+    assert grades[1].failure.startswith(failures[1])
     stats = describe(drawn, grades)
     assert (stats["environment_failed"], stats["ungraded"]) == ((6.0, 8), (6.0, 8))
 
@@ -566,6 +608,28 @@ def test_a_class_for_trl_is_played():
     assert "Go. Count to 7." in template.decode(one.tokens)
     with pytest.raises(ValidationError, match="no class with a method `reset`"):
         Environment.model_validate({"kind": "trl", "factory": "worlds:Nothing"})
+
+
+@pytest.mark.parametrize(("name", "why"), [
+    ("Late", "TypeError: price is a coroutine"), ("Demanding", "missing 1 required positional argument"), ("Unsaid", "docstring"),
+])  # fmt: skip
+def test_a_class_for_trl_that_cannot_be_played_is_refused_before_anything_is_loaded(name, why):
+    with pytest.raises(RecipeError, match=rf"environment.factory: worlds:{name} makes no environment: .*{why}"):
+        Environment.model_validate({"kind": "trl", "factory": f"worlds:{name}"}).check()
+
+
+@pytest.mark.parametrize("environment", [{"kind": "trl", "factory": "worlds:Free"}, {"kind": "tools", "tools": ["calculator"]}])
+def test_an_environment_that_pays_nothing_is_refused_where_its_pay_is_the_score(environment):
+    task = {"kind": "problems", "source": "p.jsonl", "environment": environment}
+    with pytest.raises(ValidationError, match="here pays nothing"):
+        Task.model_validate({**task, "grader": "returns"})
+    Task.model_validate({**task, "grader": "number"})
+
+
+@pytest.mark.parametrize("kind", ["tag", "fence"])
+def test_calls_that_hold_one_argument_are_refused_for_tools_with_two(kind):
+    with pytest.raises(RecipeError, match=rf"environment.calls: {kind}: weather takes 2 arguments"):
+        opened(tools({"kind": "function", "path": "worlds:weather"}, calls=kind))
 
 
 def test_tools_of_an_mcp_server_are_called():

@@ -64,10 +64,12 @@ def raises(error: BaseException) -> Any:
     raise error
 
 
+HERE = Path(__file__).name
+LINE = raises.__code__.co_firstlineno + 1
 BAD_GRADES = [
-    (lambda: raises(ValueError("no such thing")), "the grader raised ValueError: no such thing"),
-    (lambda: raises(SystemExit(0)), "the grader raised SystemExit: 0"),
-    (lambda: raises(RecursionError()), "the grader raised RecursionError"),
+    (lambda: raises(ValueError("no such thing")), f"the grader raised ValueError: no such thing ({HERE}:{LINE})"),
+    (lambda: raises(SystemExit(0)), f"the grader raised SystemExit: 0 ({HERE}:{LINE})"),
+    (lambda: raises(RecursionError()), f"the grader raised RecursionError ({HERE}:{LINE})"),
     (lambda: None, "the grader returned None, not a Grade"),
     (lambda: 1.0, "the grader returned of type float, not a Grade"),
     (lambda: Grade(None), "the grader's score is None, not a number"),
@@ -127,6 +129,11 @@ def lazy(problem: Problem, text: str) -> Any:
     yield 1.0
 
 
+def never(problem: Problem, text: str) -> float:
+    time.sleep(30)
+    return 1.0
+
+
 def one_argument(text: str) -> float:
     return 1.0
 
@@ -148,13 +155,20 @@ def test_a_plain_function_is_a_grader() -> None:
     [
         ("answers_true", "answers_true returned a value of type bool, not a number"),
         ("answers_nothing", "answers_nothing returned None, not a number"),
-        ("breaks", "breaks raised ZeroDivisionError: division by zero"),
+        ("breaks", f"breaks raised ZeroDivisionError: division by zero ({HERE}:{breaks.__code__.co_firstlineno + 1})"),
     ],
 )
 def test_what_a_function_gets_wrong_is_named(name: str, failure: str) -> None:
     grade = function(name).grade(problem("a"), "a")
     assert grade.score is None
     assert grade.failure == f"{__name__}:{failure}"
+
+
+def test_a_function_that_never_answers_is_given_up_and_is_no_score() -> None:
+    began = time.monotonic()
+    grade = FunctionGrader(path=f"{__name__}:never", seconds=0.2).grade(problem("a"), "a")
+    assert grade == Grade(None, failure=f"{__name__}:never has not answered in 0.2 s")
+    assert time.monotonic() - began < 10
 
 
 def test_a_function_that_changes_its_arguments_changes_nothing_for_others() -> None:

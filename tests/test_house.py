@@ -15,7 +15,7 @@ HOUSE = ROOT / "src" / "posttrain"
 FILES = sorted(HOUSE.rglob("*.py"))
 ORDER = [
     "errors", "component", "yaml", "paths", "draws", "faults", "text", "batch",
-    "expressions", "losses", "data", "models", "tuners", "objectives", "sandbox", "environments", "sampling", "tasks", "rl", "evaluation", "training", "synth", "compress",
+    "answer", "expressions", "losses", "data", "models", "tuners", "objectives", "sandbox", "environments", "sampling", "tasks", "rl", "evaluation", "training", "synth", "compress",
     "pipeline", "check", "api", "cli",
 ]  # fmt: skip
 LONGEST = 400

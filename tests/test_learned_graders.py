@@ -278,6 +278,31 @@ def test_constant_rewards_are_said_once(home, tmp_path):
     ]
 
 
+def test_samples_without_a_grade_are_said_and_again_where_they_become_more(home, tmp_path, monkeypatch):
+    task = TASK | {"grader": {"kind": "function", "path": "test_learned_graders:some"}}
+    said = []
+    run = prepared(home, tmp_path, {"kind": "ppo"}, critic={"shared": True}, task=task)
+    run.updates.stream.say = said.append
+    for failing in (1, 2, 4):
+        monkeypatch.setattr("test_learned_graders.FAILING", [failing])
+        next(run.updates)
+    where = f"test_learned_graders:some raised OSError: down (test_learned_graders.py:{some.__code__.co_firstlineno + 3})"
+    assert [line for line in said if "could not be graded" in line] == [
+        f"1 of 12 samples of rollout 1 could not be graded and are left out: {where}",
+        f"4 of 12 samples of rollout 3 could not be graded and are left out: {where}",
+    ]
+
+
+FAILING = [0]
+
+
+def some(_problem, text):
+    if FAILING[0]:
+        FAILING[0] -= 1
+        raise OSError("down")
+    return float(len(text))
+
+
 def same(_problem, _text):
     return 2.0
 

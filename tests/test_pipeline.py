@@ -6,6 +6,7 @@ import pytest
 from tiny_runs import DATA, base
 
 from posttrain.errors import InputError, RunError
+from posttrain.pipeline.provenance import user_code
 from posttrain.pipeline.recipe import Recipe
 from posttrain.pipeline.run import Listener, locked, plan, run
 
@@ -86,6 +87,23 @@ def test_a_finished_run_is_reused_whole(finished):
     times = {name: (folder / "done.json").stat().st_mtime_ns for name, folder in before.folders.items()}
     after = run(recipe(), root)
     assert {name: (folder / "done.json").stat().st_mtime_ns for name, folder in after.folders.items()} == times
+
+
+def test_a_function_that_is_changed_or_what_it_imports_reruns_its_stage(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_rewards").mkdir()
+    files = {name: tmp_path / "my_rewards" / f"{name}.py" for name in ("__init__", "rewards", "helper", "beside")}
+    for name in ("__init__", "helper", "beside"):
+        files[name].write_text("")
+    files["rewards"].write_text("import json\nfrom . import helper\ndef good(problem, text):\n    return 1.0\n")
+    change = recipe("stages.rl.task.grader={kind: function, path: 'my_rewards.rewards:good'}")
+    found = user_code(change.stages["rl"])
+    assert set(found) == {"my_rewards.rewards", "my_rewards", "my_rewards.helper"}
+    assert user_code(change.stages["sft"]) == {}
+    for name, others in (("helper", False), ("rewards", False), ("beside", True)):
+        files[name].write_text(files[name].read_text() + "\n# changed\n")
+        assert (user_code(change.stages["rl"]) == found) == others, name
+        found = user_code(change.stages["rl"])
 
 
 def test_a_changed_setting_reruns_its_stage_and_what_follows_and_says_why(finished):

@@ -187,4 +187,15 @@ def test_a_reward_function_of_trl_is_asked_for_all_answers_at_once():
     assert worlds.ASKED["prompts"] == ["Go."]
     for name, why in (("too_few", "returned 1 rewards for 2 answers"), ("bad", "raised ZeroDivisionError: division by zero")):
         grades = Grader.model_validate({"kind": "reward_function", "path": f"worlds:{name}"}).grades([written("a"), written("b")])
-        assert [grade.failure for grade in grades] == [f"worlds:{name} {why}"] * 2
+        assert [grade.failure.partition(" (worlds.py:")[0] for grade in grades] == [f"worlds:{name} {why}"] * 2
+
+
+@pytest.mark.parametrize(("name", "why"), [("later", "is a coroutine"), ("unclear", r"takes neither `completions` nor \*\*columns")])
+def test_a_reward_function_that_cannot_be_asked_is_refused(name, why):
+    with pytest.raises(ValidationError, match=why):
+        Grader.model_validate({"kind": "reward_function", "path": f"worlds:{name}"})
+
+
+def test_a_reward_function_that_never_answers_is_given_up():
+    grader = Grader.model_validate({"kind": "reward_function", "path": "worlds:never", "seconds": 0.2})
+    assert [grade.failure for grade in grader.grades([written("a")] * 2)] == ["worlds:never has not answered in 0.2 s"] * 2

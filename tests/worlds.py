@@ -38,6 +38,15 @@ def unclear(city):
     return city
 
 
+async def later(completions, **columns):
+    return [1.0] * len(completions)
+
+
+def never(completions, **columns):
+    RELEASED.clear()
+    RELEASED.wait(30)
+
+
 class Corridor(gymnasium.Env):
     """Three places in a row; the last is the end."""
 
@@ -88,6 +97,33 @@ class Counter:
 
 class Nothing:
     pass
+
+
+class Free:
+    """Pays nothing."""
+
+    def reset(self, **columns):
+        return None
+
+
+class Late(Free):
+    async def price(self, thing: str) -> str:
+        """Its price.
+
+        Args:
+            thing: Of what
+        """
+        return thing
+
+
+class Demanding(Free):
+    def __init__(self, needed):
+        self.needed = needed
+
+
+class Unsaid(Free):
+    def price(self, thing: str) -> str:
+        return thing
 
 
 ASKED = {}

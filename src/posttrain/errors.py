@@ -1,5 +1,9 @@
 """What can go wrong, in the user's words. Each error carries the exit status that the command line ends with."""
 
+import sysconfig
+import traceback
+from pathlib import Path
+
 
 class PosttrainError(Exception):
     """Base of every error that is meant for the user; its message stands alone, without a traceback."""
@@ -37,3 +41,14 @@ class CheckpointError(PosttrainError):
     """A checkpoint that is damaged, or belongs to something else. Exit status 4."""
 
     exit_status = 4
+
+
+def told(error: BaseException) -> str:
+    """What a user's own code has raised, and where in it: `KeyError: 'text' (rewards.py:8)`."""
+    ours = [Path(__file__).resolve().parent, *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib"))]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<") and not any(Path(frame.filename).resolve().is_relative_to(each) for each in ours)
+    ]  # fmt: skip
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}".rstrip(": ") + where

@@ -1,9 +1,10 @@
 """posttrain audit"""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +22,7 @@ def audit(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Try to be paid by a task's grader without an answer. Exit status 1 where a probe is paid.
+    """Try to be paid by a task's grader without an answer. Exit status 1 where a probe is paid, or nothing can be known.
 
     Example: posttrain audit gsm8k limit=50
     """
@@ -29,13 +30,16 @@ def audit(
     from posttrain.errors import InputError
     from posttrain.evaluation.audit import FORMS
     from posttrain.evaluation.audit import audit as audited
-    from posttrain.pipeline.recipe import Evaluate, Recipe
+    from posttrain.pipeline.recipe import Evaluate, Recipe, find_modules
 
     stage = {"kind": "evaluate", "model": "posttrain:tiny-base", "task": {"kind": task, "limit": 50}}
+    find_modules(Path.cwd())
     document = yaml.Document({"stages": {"audit": stage}}, "command line")
     recipe = Recipe.of(document, [f"stages.audit.task.{each}" for each in settings or []], "audit")
     asked = recipe.stages["audit"]
     assert isinstance(asked, Evaluate)
+    if asked.task.environment is not None or asked.task.grader.of_episodes:
+        raise InputError(f"task {task}: it is graded by episodes, and an audit grades texts; look at its samples in a report")
     asked.task.check()
     for each in form or ():
         if "{}" not in each:
@@ -43,9 +47,19 @@ def audit(
     problems = asked.task.problems()
     answers = [] if labelled is None else answers_of(labelled, {problem.id: problem for problem in problems})
     found = audited(problems, asked.task.grader, tuple(form or FORMS), answers)
-    print(json.dumps(asdict(found)) if as_json else "\n".join(lines(found)))
-    if found.holes:
+    print(json.dumps(without_nan(asdict(found))) if as_json else "\n".join(lines(found)))
+    unread = found.form is None and any(problem.answer for problem in problems)
+    if found.holes or unread or (found.false_positives is not None and found.false_positives.value > 0):
         raise typer.Exit(1)
+
+
+def without_nan(value: Any) -> Any:
+    """With null for what is not a number, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def answers_of(file: Path, problems: "dict[str, Problem]") -> "list[tuple[Problem, str, bool]]":
@@ -69,8 +83,10 @@ def lines(found: "Audit") -> list[str]:
     known = f"right answers are taken in the form {found.form!r}" if found.form else "no form of the answer is taken; give --form"
     said = [f"{found.problems} problems; {known}", f"{'probe':28} {'paid':>8} {'failures':>9} {'slowest':>9}"]
     for each in found.findings:
-        mark = "" if each.holds else "  <- hole" if each.paid.value > 0 else "  <- slow"
-        said.append(f"{each.probe:28} {each.paid.value:8.1%} {each.failures:9} {each.slowest:8.3f}s{mark}")
+        why = "nothing could be graded" if math.isnan(each.paid.value) else "hole" if each.paid.value > 0 else "slow"
+        mark = "" if each.holds else f"  <- {why}"
+        share = "–" if math.isnan(each.paid.value) else f"{each.paid.value:.1%}"
+        said.append(f"{each.probe:28} {share:>8} {each.failures:9} {each.slowest:8.3f}s{mark}")
     said += [f"  {each.probe}: {each.example}" for each in found.holes if each.example]
     for name, rate in (("wrong answers paid", found.false_positives), ("right answers not paid", found.false_negatives)):
         if rate is not None and rate.count:

@@ -1,6 +1,7 @@
 """posttrain eval"""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,8 +20,9 @@ def evaluate(
     Example: posttrain eval posttrain:tiny-base arithmetic task.limit=100 evaluation.samples=4
     """
     from posttrain import yaml
-    from posttrain.pipeline.recipe import Evaluate, Recipe
+    from posttrain.pipeline.recipe import Evaluate, Recipe, find_modules
 
+    find_modules(Path.cwd())
     document = yaml.Document({"stages": {"eval": {"kind": "evaluate", "model": model, "task": {"kind": task}}}}, "command line")
     recipe = Recipe.of(document, [f"stages.eval.{setting}" for setting in settings or []], "eval")
     recipe.check()

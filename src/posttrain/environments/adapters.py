@@ -12,7 +12,7 @@ from posttrain.component import imported
 from posttrain.environments.calls import Calls, JsonCalls
 from posttrain.environments.environment import Environment, Episode, Opening, Turn
 from posttrain.environments.tools import Function, ToolEnvironment, ToolEpisode
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, told
 from posttrain.text import Message, Problem
 
 
@@ -161,6 +161,17 @@ class TrlEnvironment(ToolEnvironment, kind="trl"):
             raise ValueError(f"{path!r} is no class with a method `reset`")
         return path
 
+    @property
+    def pays(self) -> bool:
+        factory = imported(self.factory)
+        return not inspect.isclass(factory) or hasattr(factory, "get_reward")
+
+    def check(self) -> None:
+        try:
+            tools_of(imported(self.factory)())
+        except Exception as error:
+            raise RecipeError(f"environment.factory: {self.factory} makes no environment: {told(error)}") from None
+
     def reset(self, problem: Problem, seed: int) -> Episode:
         return _OfTrl(imported(self.factory)(), problem, self)
 
@@ -172,15 +183,22 @@ class _OfTrl(ToolEpisode):
         if problem.answer is not None:
             columns["answer"] = problem.answer
         told = theirs.reset(**taken(theirs.reset, columns))
-        names = [name for name, _ in inspect.getmembers(type(theirs), inspect.isfunction) if not name.startswith("_")]
-        functions = [Function.of(getattr(theirs, name)) for name in names if name not in {"reset", "get_reward"}]
-        super().__init__(problem, {each.name: each for each in functions}, settings)
+        super().__init__(problem, {each.name: each for each in tools_of(theirs)}, settings)
         if told is not None:
             *before, last = self.opening.messages
             self.opening = Opening((*before, Message(last.role, last.content + str(told))), self.opening.tools)
 
     def finish(self) -> float:
         return float(self.theirs.get_reward()) if hasattr(self.theirs, "get_reward") else 0.0
+
+
+def tools_of(theirs: Any) -> list[Function]:
+    """The public methods of an object, but for those that are not the policy's to call."""
+    methods = [name for name, _ in inspect.getmembers(type(theirs), inspect.isfunction) if not name.startswith("_")]
+    for name in methods:
+        if inspect.iscoroutinefunction(getattr(theirs, name)):
+            raise TypeError(f"{name} is a coroutine; a tool is a plain method, which may call asyncio.run itself")
+    return [Function.of(getattr(theirs, name)) for name in methods if name not in {"reset", "get_reward"}]
 
 
 def taken(function: Callable[..., Any], columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import PrivateAttr
 
+from posttrain.answer import fenced
 from posttrain.component import Component
 from posttrain.errors import RecipeError
 from posttrain.text import Message
@@ -32,6 +33,9 @@ class Calls(Component):
 
     def prepare(self, template: "Template") -> None:
         """Called once, with the tokenizer of the policy."""
+
+    def check_tools(self, tools: Sequence[Schema]) -> None:
+        """Raises RecipeError where a tool cannot be called so."""
 
     def parse(self, text: str, tools: Sequence[Schema]) -> list[Call]:
         """The calls in a turn of the policy, in order; none where it only talks."""
@@ -60,15 +64,16 @@ class TagCalls(Calls, kind="tag"):
     Few tokens, and learned from few examples. Only for tools with one argument that is text.
     """
 
+    def check_tools(self, tools: Sequence[Schema]) -> None:
+        one_argument(self.kind, tools)
+
     def parse(self, text: str, tools: Sequence[Schema]) -> list[Call]:
         arguments = {tool["function"]["name"]: list(tool["function"]["parameters"]["properties"]) for tool in tools}
         tag = re.compile(rf"<({'|'.join(map(re.escape, arguments))})>")
         found = []
         for name, piece in zip(*[iter(tag.split(text)[1:])] * 2, strict=True):
             inside, closed, _ = piece.partition(f"</{name}>")
-            if len(arguments[name]) != 1:
-                found.append(Call(name, {}, f"{name} takes {len(arguments[name])} arguments, and a tag holds one"))
-            elif closed:
+            if closed:
                 found.append(Call(name, {arguments[name][0]: inside}))
             else:
                 found.append(Call(name, {}, f"a call is not closed with </{name}>"))
@@ -78,11 +83,20 @@ class TagCalls(Calls, kind="tag"):
 class FenceCalls(Calls, kind="fence"):
     """A fenced block whose language is the name of a tool, such as ```python; the block is its one argument."""
 
+    def check_tools(self, tools: Sequence[Schema]) -> None:
+        one_argument(self.kind, tools)
+
     def parse(self, text: str, tools: Sequence[Schema]) -> list[Call]:
         arguments = {tool["function"]["name"]: list(tool["function"]["parameters"]["properties"]) for tool in tools}
-        blocks = re.findall(r"^```([\w.-]+)[ \t]*\n(.*?)^```[ \t]*$", text, re.MULTILINE | re.DOTALL)
-        known = [(name, inside, arguments[name]) for name, inside in blocks if name in arguments]
-        return [Call(name, {takes[0]: inside}) for name, inside, takes in known if len(takes) == 1]
+        known = [block for block in fenced(text) if block.closed and len(arguments.get(block.language, ())) == 1]
+        return [Call(block.language, {arguments[block.language][0]: block.text}) for block in known]
+
+
+def one_argument(kind: str, tools: Sequence[Schema]) -> None:
+    for tool in tools:
+        name, takes = tool["function"]["name"], len(tool["function"]["parameters"]["properties"])
+        if takes != 1:
+            raise RecipeError(f"environment.calls: {kind}: {name} takes {takes} arguments, and such a call holds one; take json")
 
 
 class TemplateCalls(Calls, kind="template"):

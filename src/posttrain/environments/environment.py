@@ -1,5 +1,6 @@
 """Environments: what answers a policy, turn by turn. The policy writes, the world answers, until one of them has had enough."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,42 @@ class Episode:
         """Lets go of what it holds. Called once, also after a failure."""
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def checked_episode(episode: Any, by: str) -> Episode:
+    """What an environment has begun. Raises TypeError, naming `by`, where it is no episode with an opening."""
+    if not isinstance(episode, Episode):
+        raise TypeError(f"{by} gave {episode!r:.100}, not an Episode")
+    opening = getattr(episode, "opening", None)
+    if not isinstance(opening, Opening) or not opening.messages:
+        raise TypeError(f"{by}: the episode's `opening` is {opening!r:.100}, not an Opening with messages")
+    _check_messages(opening.messages, by)
+    return episode
+
+
+def checked_turn(turn: Any, by: str) -> Turn:
+    """What an episode has answered. Raises TypeError, naming `by`, where it is no Turn of messages and a number."""
+    if not isinstance(turn, Turn):
+        raise TypeError(f"{by} gave {turn!r:.100}, not a Turn")
+    if not _is_number(turn.reward):
+        raise TypeError(f"{by}: the reward is {turn.reward!r:.100}, not a finite number")
+    _check_messages(turn.messages, by)
+    return turn
+
+
+def _check_messages(messages: Any, by: str) -> None:
+    if not isinstance(messages, tuple | list):
+        raise TypeError(f"{by}: `messages` is {messages!r:.100}, not a tuple of Message(role, content)")
+    for each in messages:
+        if not isinstance(each, Message) or each.role not in ROLES or not isinstance(each.content, str):
+            raise TypeError(f"{by}: {each!r:.100} is no Message of a role ({', '.join(ROLES)}) and a text")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 class Environment(Component):
     """What answers a policy, turn by turn.
 
@@ -64,6 +101,11 @@ class Environment(Component):
     workers: NonNegativeInt = 16
     """How many episodes are answered at a time, beside the sampler. 0: in turn, between its steps; then a run repeats bit for
     bit, and nothing ends an answer that takes too long."""
+
+    @property
+    def pays(self) -> bool:
+        """Whether an episode can earn anything by itself, for the grader `returns`."""
+        return True
 
     def check(self) -> None:
         """What can be known to be wrong before any weight is loaded; raises an InputError."""

@@ -185,6 +185,10 @@ class ToolEnvironment(Environment, kind="tools"):
 
     _functions: dict[str, Function] = PrivateAttr(default_factory=dict)
 
+    @property
+    def pays(self) -> bool:
+        return False
+
     def check(self) -> None:
         for tool in self.tools:
             tool.check()
@@ -197,6 +201,7 @@ class ToolEnvironment(Environment, kind="tools"):
         names = [each.name for each in found]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise RecipeError(f"environment.tools: two tools are called {twice!r}; rename one")
+        self.calls.check_tools([each.schema for each in found])
         self._functions.update(zip(names, found, strict=True))
 
     def reset(self, problem: Problem, seed: int) -> Episode:

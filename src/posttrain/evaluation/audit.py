@@ -59,6 +59,7 @@ PROBES: dict[str, Callable[[Case], list[str]]] = {
     "the right one denied": lambda case: [f"It is certainly not {case.gold}.\n{case.said(case.wrong)}"],
     "gold leaked in passing": lambda case: [f"[gold: {case.gold}] I am not sure.\n{case.said(case.wrong)}"],
     "digits of another script": lambda case: [case.said(case.wrong.translate(WIDE))],
+    "a program": lambda case: [case.said(f"(lambda: {case.gold or 0})()"), case.said(f"[{case.gold or 0}, {case.wrong}][0]")],
     "a tower of powers": lambda case: [case.said("9^{9^{9^{9}}}")],
     "a huge exponent": lambda case: [case.said("1e999999999")],
     "not a number": lambda case: [case.said("nan")],
@@ -83,7 +84,7 @@ class Finding:
 
     @property
     def holds(self) -> bool:
-        return not self.paid.value > 0 and self.slowest < SLOW
+        return self.paid.value == 0 and self.slowest < SLOW  # not a number, where all grades failed: nothing is known
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """What a stage's folder is keyed by, and what is recorded beside it."""
 
+import ast
 import hashlib
-import inspect
+import importlib.util
 import json
+import re
 import subprocess
 import sys
+import sysconfig
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,14 +30,50 @@ def own_code() -> str:
 
 
 def user_code(stage: Stage) -> dict[str, str]:
-    """sha256 of the files of kinds that do not come with posttrain."""
+    """{module: sha256 of its file}, of all that the stage names (kinds, and functions as `module:name`) and what those import, as
+    far as it is the user's own: neither Python's, nor installed, nor posttrain's."""
+    kinds = [type(part).__module__ for part in parts(stage) if isinstance(part, Component)]
+    named = [each.partition(":")[0] for each in flat(stage.model_dump(mode="json")).values() if _NAMED.fullmatch(str(each))]
     found: dict[str, str] = {}
-    for part in parts(stage):
-        kind = type(part)
-        if isinstance(part, Component) and not kind.__module__.startswith("posttrain."):
-            file = Path(inspect.getfile(kind))
-            found[f"{kind.__module__}:{kind.__name__}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    waiting = list(dict.fromkeys([*kinds, *named]))
+    for module in waiting:
+        file = None if module.partition(".")[0] in {"posttrain", *sys.stdlib_module_names} else _file_of(module)
+        if file is not None and module not in found:
+            code = file.read_bytes()
+            found[module] = hashlib.sha256(code).hexdigest()
+            waiting += _imported(code, module, file.name == "__init__.py")
     return found
+
+
+_NAMED = re.compile(r"[A-Za-z_][\w.]*:[\w.-]+")
+
+
+def _file_of(module: str) -> Path | None:
+    """A module's file, where it is the user's own."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    file = Path(spec.origin).resolve()
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    return None if any(file.is_relative_to(folder) for folder in installed) else file
+
+
+def _imported(code: bytes, module: str, package: bool) -> list[str]:
+    """The modules that a file imports; for `from a import b`, `a` and `a.b`, which may be one."""
+    try:
+        nodes = list(ast.walk(ast.parse(code)))
+    except (SyntaxError, ValueError):
+        return []
+    found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: len(module.split(".")) - node.level + package] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [name for name in found if name]
 
 
 def identity(stage: Stage, seed: int, inputs: dict[str, str]) -> dict[str, Any]:
@@ -87,8 +126,9 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         changes.append(f"seed {before.get('seed')} -> {now['seed']}")
     changes += [f"stage {name} changed" for name, key in now["inputs"].items() if before.get("inputs", {}).get(name) != key]
     changes += [
-        f"{name} changed" for name, mark in now["fingerprints"].items() if before.get("fingerprints", {}).get(name) != mark
-    ]
+        f"{name} changed" for name, mark in now["fingerprints"].items()
+        if before.get("fingerprints", {}).get(name) != mark and not (name.startswith("task ") and changes)  # of settings, too
+    ]  # fmt: skip
     if before.get("code") != now["code"]:
         changes.append("posttrain's code changed")
     changes += [f"{name} changed" for name, mark in now["user_code"].items() if before.get("user_code", {}).get(name) != mark]

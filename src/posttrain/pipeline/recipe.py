@@ -94,9 +94,7 @@ class Recipe(Settings):
 
         The recipe's folder is searched for modules, so that `kind: my_file:MyClass` finds the file beside it.
         """
-        folder = str(Path(path).resolve().parent)
-        if folder not in sys.path:
-            sys.path.append(folder)
+        find_modules(Path(path).resolve().parent)
         return cls.of(yaml.load(path), overrides, Path(path).stem)
 
     @classmethod
@@ -181,3 +179,9 @@ def inside(value: Any, part: int | str) -> Any:
         return value[part]
     except (KeyError, IndexError, TypeError):
         return {}
+
+
+def find_modules(folder: Path) -> None:
+    """Lets modules of the user's own, which a recipe names, be found in a folder."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))

@@ -299,7 +299,10 @@ def samples_over_time(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(kept) > SHOWN_STEPS:
         kept = [kept[round(place * (len(kept) - 1) / (SHOWN_STEPS - 1))] for place in range(SHOWN_STEPS)]
     return [
-        {"step": step, "id": row.get("id"), "text": row.get("text"), **judged(row.get("score"), open_scale(rows))}
+        {
+            "step": step, "id": row.get("id"), "text": row.get("text"),
+            **judged(row.get("score"), open_scale(rows), row.get("failure")),
+        }
         for step in kept
         for row in steps[step][:SHOWN_PER_STEP]
     ]
@@ -310,11 +313,11 @@ def open_scale(rows: Iterable[dict[str, Any]]) -> bool:
     return any(not 0 <= value <= 1 for row in rows if (value := number(row.get("score"))) is not None)
 
 
-def judged(score: Any, open_scale: bool = False) -> dict[str, str]:
+def judged(score: Any, open_scale: bool = False, failure: Any = None) -> dict[str, str]:
     """How an answer was judged: a mark, a word, and a class for its colour."""
     value = number(score)
     if value is None:
-        return {"mark": "?", "word": "not graded", "judged": "ungraded"}
+        return {"mark": "?", "word": f"not graded: {failure}" if failure else "not graded", "judged": "ungraded"}
     if open_scale:
         return {"mark": f"{value:.2f}", "word": "", "judged": "ungraded"}
     if value >= RIGHT:

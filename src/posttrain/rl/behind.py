@@ -125,13 +125,15 @@ class Behind:
             self._ended()
 
 
-def serve(connection: Connection, drawer: Any, parameters: "Mapping[str, nn.Parameter]") -> None:
-    """Draws what it is asked for until nobody asks any more."""
+def serve(
+    connection: Connection, drawer: Any, parameters: "Mapping[str, nn.Parameter]", alone: Callable[[], None] = lambda: None
+) -> None:
+    """Draws what it is asked for until nobody asks any more. alone: called at once when who asks has gone, whatever is drawn."""
     import safetensors.torch
     import torch
 
     asked: queue.Queue[tuple[int, int, bytes] | None] = queue.Queue()
-    threading.Thread(target=_listen, args=(connection, asked), daemon=True).start()
+    threading.Thread(target=_listen, args=(connection, asked, alone), daemon=True).start()
     while (question := asked.get()) is not None:
         rollout, version, weights = question
         known = safetensors.torch.load(weights)
@@ -148,10 +150,11 @@ def serve(connection: Connection, drawer: Any, parameters: "Mapping[str, nn.Para
             return
 
 
-def _listen(connection: Connection, asked: "queue.Queue[tuple[int, int, bytes] | None]") -> None:
+def _listen(connection: Connection, asked: "queue.Queue[tuple[int, int, bytes] | None]", alone: Callable[[], None]) -> None:
     """Takes questions while others are being answered, so that who asks never waits."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             rollout, version = connection.recv()
             asked.put((rollout, version, connection.recv_bytes()))
     asked.put(None)
+    alone()

@@ -125,7 +125,7 @@ class Drawer:
         if len(failures) > self.plan.max_failures * len(grades) or len(failures) == len(grades):
             raise RunError(
                 f"{len(failures)} of {len(grades)} samples could not be graded (rollout {self.rollout}): {failures[0]}; "
-                "a failure is not a score, so nothing was learned from them; mend the grader, then run again to resume"
+                "a failure is not a score, so nothing was learned from them; mend that, then run again to resume"
             )
 
 

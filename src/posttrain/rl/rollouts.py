@@ -50,6 +50,7 @@ class OnPolicyStream:
         self.rollout = 0  # rollouts taken so far
         self.updates = 0  # minibatches handed out so far
         self.batch: Batch | None = None
+        self.failed = 0.0  # the largest share of samples that could not be graded, and that was mentioned
         self.ended = 0.0  # the largest share of programs that ended early, and that was mentioned
         self.pending: list[list[int]] = []  # rows of self.batch still to be learned from, one list an update
 
@@ -87,6 +88,7 @@ class OnPolicyStream:
             kept = {one.problem.id for one in samples if one.by == "policy"}
             stats["filled"] = (float(len(kept)), self.plan.problems)
         self._mention_ended(stats)
+        self._mention_failures(drawn.all)
         stale = [self.updates - one.version for one, _ in drawn.all]
         if any(stale):
             stats["stale"] = (float(sum(stale)), len(stale))
@@ -102,6 +104,14 @@ class OnPolicyStream:
                     f"{share:.1%} of the programs of rollout {self.rollout} ended before their tests did: where that grows, a "
                     "policy is learning to leave; read the samples"
                 )
+
+    def _mention_failures(self, drawn: Sequence[Graded]) -> None:
+        """Samples without a grade, when they begin and where they become more."""
+        why = [grade.failure for _, grade in drawn if grade.score is None]
+        if len(why) > 2 * self.failed * len(drawn):
+            self.failed = len(why) / len(drawn)
+            left_out = f"{len(why)} of {len(drawn)} samples of rollout {self.rollout} could not be graded and are left out"
+            self.say(f"{left_out}: {why[0]}")
 
     def _mention_constant(self, grades: Sequence[Grade]) -> None:
         """Of the first rollout, where it has only one reward."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain import draws
 from posttrain.environments import Environment, Episode, Turn
-from posttrain.errors import DataError, InputError, RecipeError
+from posttrain.environments.environment import checked_episode, checked_turn
+from posttrain.errors import DataError, InputError, RecipeError, told
 from posttrain.sampling.engine import Completion, Engine, Request
 from posttrain.text import Message, Problem, Sample, Transcript
 
@@ -91,14 +92,14 @@ class Episodes:
 
     def _beginning(self, play: Play) -> Callable[[], Episode]:
         seed = draws.key(self.seed, "environment", play.problem.id)
-        return lambda: self.environment.reset(play.problem, seed)
+        return lambda: checked_episode(self.environment.reset(play.problem, seed), f"{type(self.environment).__name__}.reset")
 
     def _answered(self, play: Play, answer: Answer | Exception) -> None:
         """The environment has answered."""
         if isinstance(answer, InputError):
             raise answer
         if isinstance(answer, Exception):
-            said = str(answer) if isinstance(answer, TooLong) else f"{type(answer).__name__}: {answer}"
+            said = str(answer) if isinstance(answer, TooLong) else told(answer)
             play.failure = f"the environment: {said}"
             if play.over or isinstance(answer, TooLong):  # who has not answered can be asked nothing more
                 self._done(play)
@@ -183,7 +184,8 @@ class Episodes:
         if done.stop == "length":
             self._end(play, "length")
         else:
-            self.answers.ask(play.place, lambda: episode.step(message), episode)
+            asked = f"{type(episode).__name__}.step"
+            self.answers.ask(play.place, lambda: checked_turn(episode.step(message), asked), episode)
 
     def _end(self, play: Play, stop: Literal["end", "length", "turns"]) -> None:
         """No further turn; what the whole has earned is asked for."""
@@ -201,7 +203,8 @@ class Episodes:
 def ended(episode: Episode, failed: bool) -> Turn:
     """What the whole has earned, as the last turn; the episode is closed."""
     try:
-        return Turn(reward=0.0 if failed else episode.finish(), done=True)
+        last = Turn(reward=0.0 if failed else episode.finish(), done=True)
+        return checked_turn(last, f"{type(episode).__name__}.finish")
     finally:
         episode.close()
 

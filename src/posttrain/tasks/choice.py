@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import Field
 
+from posttrain.answer import answer_of
 from posttrain.data.format import Format, Problems, Unusable
 from posttrain.data.source import Raw, shown
 from posttrain.errors import DataError
-from posttrain.tasks.answer import answer_of
 from posttrain.tasks.grader import Grade, Grader, score
 from posttrain.tasks.task import Task
 from posttrain.text import Problem

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
+from posttrain.answer import answer_of, fenced
 from posttrain.data.source import Source
 from posttrain.sandbox import Bubblewrap, Running, Sandbox, SandboxLost, slot
-from posttrain.tasks.answer import answer_of, fenced
 from posttrain.tasks.grader import Grader, checked, failed
 from posttrain.tasks.task import Task, shipped
 from posttrain.text import Grade, Problem, Sample
@@ -34,7 +34,7 @@ def program_in(text: str) -> str:
     """The last fenced block of an answer, of those that say they are Python where one does, else all of it."""
     text = answer_of(text)
     blocks = fenced(text)
-    named = [block for block in blocks if block.language in {"python", "py", "python3"}]
+    named = [block for block in blocks if block.language.lower() in {"python", "py", "python3"}]
     return (named or blocks)[-1].text if blocks else text
 
 
@@ -72,6 +72,8 @@ class CodeGrader(Grader, kind="code"):
 
     def gold_problem(self, problem: Problem) -> str | None:
         tests, setup = problem.facts.get("tests"), problem.facts.get("setup") or ""
+        if tests is None:
+            return f"it has no column `tests` (it has {', '.join(sorted(problem.facts)) or 'none but prompt and answer'})"
         if not isinstance(tests, list) or not tests:
             return "its column `tests` is not a list of tests"
         if not isinstance(setup, str):
@@ -88,6 +90,8 @@ class CodeGrader(Grader, kind="code"):
             return f"one of its tests is no Python: {error}"
         if empty:
             return f"{empty[0][:80]!r} is no test"
+        if foreign := _foreign([setup, *(tests if forms == {"assert"} else ())]):
+            return f"its tests import {', '.join(foreign)}, and a sandbox has Python's own library alone"
         try:
             freed(problem) if forms == {"assert"} else None
         except ValueError as error:
@@ -224,6 +228,14 @@ def freed(problem: Problem) -> str | None:
     if len(candidates) > 1:
         raise ValueError(f"a column `entry_point` must say which is the program's, and not Python's: {' or '.join(candidates)}")
     return candidates[0]
+
+
+def _foreign(sources: Sequence[str]) -> list[str]:
+    """The modules that tests import and that are not Python's."""
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)]
+    return sorted({name.partition(".")[0] for name in names} - set(sys.stdlib_module_names))
 
 
 def _united(sets: Iterable[set[str]]) -> set[str]:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from posttrain.answer import answer_of
 from posttrain.expressions import expression
-from posttrain.tasks.answer import answer_of
 from posttrain.tasks.grader import Grade, Grader, score
 from posttrain.text import Problem
 

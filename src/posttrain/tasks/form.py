@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from posttrain.tasks.answer import answer_of, fenced
+from posttrain.answer import answer_of, fenced
 from posttrain.tasks.grader import Grader, failed, score
 from posttrain.tasks.worker import WALL, Worker, WorkerLost, WorkerMissing
 from posttrain.text import Grade, Problem, Sample

@@ -3,14 +3,16 @@
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import field_validator
+from pydantic import PositiveFloat, field_validator
 
+from posttrain.answer import answer_of
 from posttrain.component import Component, imported
-from posttrain.tasks.answer import answer_of
+from posttrain.errors import told
 from posttrain.text import Grade, Problem, Sample
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class Grader(Component):
         try:
             return checked(self.grade(problem, text))
         except (Exception, SystemExit) as error:
-            return failed(f"the grader raised {type(error).__name__}: {error}".rstrip(": "))
+            return failed(f"the grader raised {told(error)}")
 
 
 def failed(why: str) -> Grade:
@@ -127,13 +129,16 @@ class FunctionGrader(Grader, kind="function"):
     """A Python function of one's own, `(problem, text) -> float`.
 
     The problem is a `posttrain.text.Problem` (`prompt`, `answer`, `facts`), the text is the decoded completion. What the
-    function raises, and anything it returns that is not a finite number, is a failure of that sample and not a score.
+    function raises, and anything it returns that is not a finite number, is a failure of that sample and not a score; so is a
+    call that takes longer than `seconds`, which is given up.
     """
 
     path: str
     """`my_package.module:my_function`."""
     scale: Literal["right or wrong", "open"] = "right or wrong"
     """right or wrong: 1 means that the answer is right. open: scores of any size; no share of right answers is given."""
+    seconds: PositiveFloat = 60.0
+    """The longest that one answer may take."""
 
     @property
     def open_scale(self) -> bool:
@@ -158,13 +163,43 @@ class FunctionGrader(Grader, kind="function"):
     def grade(self, problem: Problem, text: str) -> Grade:
         own = replace(problem, facts=copy.deepcopy(dict(problem.facts)))  # what it changes is seen by no other grade
         try:
-            value = imported(self.path)(own, text)
+            value = within(self.seconds, lambda: imported(self.path)(own, text))
+        except TookTooLong as error:
+            return failed(f"{self.path} {error}")
         except (Exception, SystemExit) as error:
-            return failed(f"{self.path} raised {type(error).__name__}: {error}".rstrip(": "))
+            return failed(f"{self.path} raised {told(error)}")
         if isinstance(value, Grade):
             return checked(value)
         wrong = _not_a_number(value)
         return failed(f"{self.path} returned {_returned(value, wrong)}") if wrong else Grade(float(value))
+
+
+class TookTooLong(Exception):
+    """A function has not come back."""
+
+
+def within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What a function gives. Raises TookTooLong where it takes longer: its thread cannot be ended, and is left alone.
+
+    Code in C that never lets go of the interpreter, such as `re` on a hostile pattern, cannot be given up.
+    """
+    found: list[tuple[bool, Any]] = []
+
+    def run() -> None:
+        try:
+            found.append((True, function()))
+        except BaseException as error:
+            found.append((False, error))
+
+    thread = threading.Thread(target=run, daemon=True, name="grader")
+    thread.start()
+    thread.join(seconds)
+    if not found:
+        raise TookTooLong(f"has not answered in {seconds:g} s")
+    good, value = found[0]
+    if not good:
+        raise value
+    return value
 
 
 def _returned(value: Any, wrong: str) -> str:

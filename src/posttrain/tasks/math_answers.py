@@ -7,7 +7,7 @@ refused before it is asked.
 
 import re
 
-from posttrain.tasks.answer import answer_of, tagged
+from posttrain.answer import answer_of, tagged
 from posttrain.tasks.numeric import last_number, number
 
 MAX_LETTERS = 300

@@ -10,7 +10,7 @@ import re
 from collections import deque
 from decimal import Decimal
 
-from posttrain.tasks.answer import answer_of
+from posttrain.answer import answer_of
 from posttrain.tasks.grader import Grade, Grader, score
 from posttrain.text import Problem
 

@@ -1,15 +1,17 @@
 """Graders of the way to an answer: what an episode has earned turn by turn, and whether each line of a solution is right."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import PrivateAttr, field_validator
+from pydantic import PositiveFloat, PrivateAttr, field_validator
 
 from posttrain.component import imported
+from posttrain.errors import told
 from posttrain.expressions import expression
-from posttrain.tasks.grader import Grader, checked, failed, score
+from posttrain.tasks.grader import Grader, TookTooLong, checked, failed, score, within
 from posttrain.text import Grade, Message, Problem, Sample
 
 if TYPE_CHECKING:
@@ -133,7 +135,9 @@ class RewardFunctionGrader(Grader, kind="reward_function"):
     """A reward function written for TRL: `(prompts, completions, **columns) -> list[float]`, asked for all answers at once.
 
     prompts and completions are lists of messages, as TRL gives them for conversations; columns are those of the problems, each a
-    list. `None` for an answer means that there is no reward, and is a failure here: it is not learned from.
+    list. `None` for an answer means that there is no reward, and is a failure here: it is not learned from; so are all answers of
+    a call that takes longer than `seconds`. TRL's `trainer_state`, `environments`, `log_extra` and `log_metric`
+    are not given.
     """
 
     path: str
@@ -142,12 +146,20 @@ class RewardFunctionGrader(Grader, kind="reward_function"):
     """right or wrong: 1 means that the answer is right. open: scores of any size; no share of right answers is given."""
     plain: bool = False
     """Give prompts and completions as text, as TRL does for data without roles."""
+    seconds: PositiveFloat = 600.0
+    """The longest that one call, for all answers of a rollout, may take."""
 
     @field_validator("path")
     @classmethod
     def _can_be_called(cls, path: str) -> str:
-        if not callable(imported(path)):
+        function = imported(path)
+        if not callable(function):
             raise ValueError(f"{path!r} is no function (prompts, completions, **columns) -> list[float]")
+        if inspect.iscoroutinefunction(function):
+            raise ValueError(f"{path!r} is a coroutine; write a plain function that calls asyncio.run itself")
+        takes = inspect.signature(function).parameters.values()
+        if all(each.kind is not each.VAR_KEYWORD for each in takes) and "completions" not in {each.name for each in takes}:
+            raise ValueError(f"{path!r} takes neither `completions` nor **columns: {inspect.signature(function)}")
         return path
 
     @property
@@ -159,10 +171,12 @@ class RewardFunctionGrader(Grader, kind="reward_function"):
 
     def grade_all(self, samples: Sequence[Sample]) -> list[Grade]:
         try:
-            found = imported(self.path)(**self._asked(samples))
-            rewards = list(found)
+            asked = self._asked(samples)
+            rewards = list(within(self.seconds, lambda: imported(self.path)(**asked)))
+        except TookTooLong as error:
+            return [failed(f"{self.path} {error}")] * len(samples)
         except (Exception, SystemExit) as error:
-            return [failed(f"{self.path} raised {type(error).__name__}: {error}".rstrip(": "))] * len(samples)
+            return [failed(f"{self.path} raised {told(error)}")] * len(samples)
         if len(rewards) != len(samples):
             return [failed(f"{self.path} returned {len(rewards)} rewards for {len(samples)} answers")] * len(samples)
         return [checked(Grade(plain_number(reward))) for reward in rewards]

@@ -47,6 +47,11 @@ class Task(Component):
     def _episodes_are_played(self) -> "Task":
         if self.environment is None and self.grader.of_episodes:
             raise ValueError(f"grader: {self.grader.kind} grades episodes, and nothing answers the policy; give an `environment`")
+        if self.grader.of_episodes and self.environment is not None and not self.environment.pays:
+            raise ValueError(
+                f"grader: {self.grader.kind} sums what the environment pays, and {self.environment.kind} here pays nothing (no "
+                "`get_reward`); take a grader that judges the answer"
+            )
         return self
 
     def problems(self) -> list[Problem]:

@@ -94,7 +94,8 @@ class Recorder:
         self.metrics.add({**row, "time": {"seconds": round(seconds, 4), "at": round(time.time(), 3)}})
         for one, grade in update.samples[:SHOWN_SAMPLES]:
             asked = {"id": one.problem.id, "prompt": one.problem.prompt[-1].content, "answer": one.problem.answer}
-            self.samples.add({"step": run.step, **asked, "index": one.index, "text": one.text, "score": grade.score})
+            said = {"step": run.step, **asked, "index": one.index, "text": one.shown, "score": grade.score}
+            self.samples.add(said if grade.failure is None else {**said, "failure": grade.failure})
         if due:
             for sign in signs(self.metrics.read(), self.validation.every if self.validation else 1):
                 self.say(sign)

@@ -1,5 +1,6 @@
 """The sections of a training stage that say how long, how much at a time, and what is kept."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -365,6 +366,10 @@ class TrainSettings(Settings):
                 task.check()
                 task.grader.check_policy(self.model)
         self.validation.evaluation.check(self.model)
+        if isinstance(self.sampler, ProcessSampler) and self.steps is not None:
+            rollouts = math.ceil(self.steps / (self.rollout.minibatches * self.rollout.epochs))
+            if self.sampler.behind > rollouts:
+                raise RecipeError(f"sampler.behind: {self.sampler.behind} rollouts ahead, and the whole run has {rollouts}")
 
     def _check_below(self, source: ModelSource, tuner: Tuner, path: str) -> None:
         if source.is_quantized():

@@ -31,6 +31,7 @@ class Block:
 
     language: str
     text: str
+    closed: bool = True
 
 
 def fenced(text: str) -> list[Block]:
@@ -41,12 +42,12 @@ def fenced(text: str) -> list[Block]:
         if opening is None:
             opening, inside = _OPENING.fullmatch(line), []
         elif _closes(line.strip(), opening[2]):
-            found.append(Block(opening[3].lower(), "".join(f"{each}\n" for each in inside)))
+            found.append(Block(opening[3], "".join(f"{each}\n" for each in inside)))
             opening = None
         else:
             inside.append(line.removeprefix(opening[1]))
     if opening is not None:
-        found.append(Block(opening[3].lower(), "\n".join(inside)))
+        found.append(Block(opening[3], "\n".join(inside), closed=False))
     return found
 
 
