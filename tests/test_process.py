@@ -199,3 +199,4 @@ def test_a_reward_function_that_cannot_be_asked_is_refused(name, why):
 def test_a_reward_function_that_never_answers_is_given_up():
     grader = Grader.model_validate({"kind": "reward_function", "path": "worlds:never", "seconds": 0.2})
     assert [grade.failure for grade in grader.grades([written("a")] * 2)] == ["worlds:never has not answered in 0.2 s"] * 2
+    worlds.RELEASED.set()
