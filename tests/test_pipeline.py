@@ -1,6 +1,7 @@
 """Stages run once: finished ones are reused, a changed one runs again with all that depends on it, and the run says why."""
 
 import json
+import sys
 
 import pytest
 from tiny_runs import DATA, base
@@ -95,10 +96,13 @@ def test_a_function_that_is_changed_or_what_it_imports_reruns_its_stage(tmp_path
     files = {name: tmp_path / "my_rewards" / f"{name}.py" for name in ("__init__", "rewards", "helper", "beside")}
     for name in ("__init__", "helper", "beside"):
         files[name].write_text("")
-    files["rewards"].write_text("import json\nfrom . import helper\ndef good(problem, text):\n    return 1.0\n")
+    lazily = "    from xml.dom import minidom\n    from sympy.abc import x\n"  # Python's, and an installed one: not even imported
+    files["rewards"].write_text(f"import json\nfrom . import helper\ndef good(problem, text):\n{lazily}    return 1.0\n")
     change = recipe("stages.rl.task.grader={kind: function, path: 'my_rewards.rewards:good'}")
+    loaded = set(sys.modules)
     found = user_code(change.stages["rl"])
     assert set(found) == {"my_rewards.rewards", "my_rewards", "my_rewards.helper"}
+    assert not [name for name in set(sys.modules) - loaded if name.startswith("sympy")]
     assert user_code(change.stages["sft"]) == {}
     for name, others in (("helper", False), ("rewards", False), ("beside", True)):
         files[name].write_text(files[name].read_text() + "\n# changed\n")

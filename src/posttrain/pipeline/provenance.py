@@ -49,16 +49,17 @@ _NAMED = re.compile(r"[A-Za-z_][\w.]*:[\w.-]+")
 
 
 def _file_of(module: str) -> Path | None:
-    """A module's file, where it is the user's own."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    file = Path(spec.origin).resolve()
+    """A module's file, where it is the user's own. Of others nothing is imported: to find `a.b`, Python imports `a`."""
     installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
-    return None if any(file.is_relative_to(folder) for folder in installed) else file
+    for name in dict.fromkeys((module.partition(".")[0], module)):
+        try:
+            spec = importlib.util.find_spec(name)
+        except Exception:  # no such module; or a package of the user's that does not load
+            return None
+        places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+        if not places or any(Path(place).resolve().is_relative_to(folder) for place in places if place for folder in installed):
+            return None
+    return Path(spec.origin).resolve() if spec is not None and spec.origin is not None and spec.origin.endswith(".py") else None
 
 
 def _imported(code: bytes, module: str, package: bool) -> list[str]:
