@@ -296,8 +296,8 @@ MUTANTS = [
     Mutant(
         "the score of an answer rewards its first token",
         "objectives/ppo.py",
-        "last = seqs.trained_lengths.cumsum(0)[written] - 1",
-        "last = (seqs.trained_lengths.cumsum(0) - seqs.trained_lengths)[written]",
+        "earned[seqs.trained_lengths.cumsum(0)[written] - 1] +=",
+        "earned[(seqs.trained_lengths.cumsum(0) - seqs.trained_lengths)[written]] +=",
         f"{PROPERTIES}::{CREDIT}",
     ),
     Mutant(
