@@ -134,8 +134,21 @@ def test_chat_answers_and_streams_what_it_would_have_sampled(posttrain, model, m
     assert answers[0] == answers[1]
 
 
+def test_chat_says_where_a_conversation_is_longer_than_the_context_and_goes_on(posttrain, model, monkeypatch):
+    said = iter(["1 + 2 " * 200, "1 + 2", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    status, out, err = posttrain("chat", model, "--temperature", 0, "--max-tokens", 100_000)
+    assert (status, err) == (0, "")
+    lines = [line for line in out.splitlines()[1:] if line]
+    assert re.fullmatch(r"that would be [\d,]+ tokens, and the model reads \d+; say less, or begin with /new", lines[0])
+    assert len(lines) > 1, "an answer follows, of no more tokens than are left"
+
+
 def test_a_delta_is_made_and_chat_switches_between_it_and_the_base(posttrain, place, model, monkeypatch):
+    from transformers import AutoTokenizer
+
     from posttrain import run
+    from posttrain.models import delta_file
 
     base = run(place / "tiny.yaml", "stages.rl.steps=1", root=place / "runs").model("new")
     (place / "rows.jsonl").write_text('{"prompt": "1 + 2", "completion": "3"}\n{"prompt": "2 + 2", "completion": "4"}\n')
@@ -144,6 +157,8 @@ def test_a_delta_is_made_and_chat_switches_between_it_and_the_base(posttrain, pl
     assert re.search(r"matrices of the blocks +[\d,]+ bytes in 16 bits, +[\d,]+ as a delta: 1\d\.\d\d times smaller", out)
     assert re.search(r"KL\(fine-tuned \|\| it\) +base [\d.]+, delta as it begins [\d.]+, delta [\d.]+", out)
     assert (place / "a.bitdelta").stat().st_size > 1000
+    template = AutoTokenizer.from_pretrained(model).chat_template
+    assert delta_file.read(place / "a.bitdelta")[0]["chat_template"] == template
     said = iter(["1 + 2", "/delta b", "/delta base", "/new", "1 + 2", "/delta a", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(said))
     words = ("--temperature", 0, "--max-tokens", 6)

@@ -9,6 +9,7 @@ from tiny_runs import base, inline
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from typer.testing import CliRunner
 
+import posttrain
 from posttrain.batch import Sequences
 from posttrain.cli.app import app
 from posttrain.compress.blocks import blocks_of
@@ -171,6 +172,9 @@ def test_a_quantised_folder_gives_the_same_logits_in_posttrain_and_in_transforme
     assert record["bits"] == pytest.approx(8 * of_layers / weights)
     assert record["metrics"]["kl"]["value"] > 0
     seqs = Sequences.of([([*IDS[0].tolist()], [False] + [True] * 7)])
+    posttrain.export(folder, tmp_path / "dense", dequantize=True)
+    assert not quantized(load(tmp_path / "dense").lm.model)
+    torch.testing.assert_close(logits(tmp_path / "dense"), ours(folder), atol=1e-5, rtol=0)
     with torch.no_grad():
         logp = logits(folder, **options)[0, :-1].log_softmax(-1).gather(1, IDS[0, 1:, None])[:, 0]
         torch.testing.assert_close(load(folder).lm.logprobs(seqs), logp, atol=1e-5, rtol=0)
@@ -183,6 +187,10 @@ def test_lora_learns_on_integers_which_stay_as_they_are_and_full_is_refused(tmp_
     before, after = load(folders["small"] / "model").lm, load(folders["tuned"] / "model").lm
     with torch.no_grad():
         assert (before.logprobs(SEQS) - after.logprobs(SEQS)).abs().max() > 1e-3
+    with pytest.raises(ModelError, match=r"quantised to codes.*which gives the model that was trained$"):
+        posttrain.merge(folders["tuned"] / "model", tmp_path / "merged")
+    posttrain.merge(folders["tuned"] / "model", tmp_path / "merged", dequantize=True)
+    torch.testing.assert_close(logits(tmp_path / "merged"), ours(folders["tuned"] / "model"), atol=2e-5, rtol=0)
     codes = [{path: layer.stored()["weight_packed"] for path, layer in quantized(each.model).items()} for each in (before, after)]
     assert all(torch.equal(one, codes[1].get(path, codes[1].get(f"{path}.base_layer")))
                for path, one in codes[0].items())  # fmt: skip

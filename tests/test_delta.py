@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny_models import fine, make, transformer
 from tiny_runs import DATA, RAW, base, inline, settings
 from tiny_runs import fine as tuned_base
 from torch.nn.functional import linear
-from transformers import LlamaConfig, MistralConfig
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig
 from transformers.pytorch_utils import Conv1D
 from tuned_models import ARCHITECTURES, move
 
@@ -31,7 +32,7 @@ from posttrain.pipeline.recipe import Recipe
 from posttrain.pipeline.run import run
 from posttrain.tuners import DeltaScale, tuned
 from posttrain.tuners.folder import load_adapter, save_adapter
-from posttrain.tuners.load import load
+from posttrain.tuners.load import load, load_tokenizer
 
 F64 = torch.float64
 SEQS = Sequences.of(
@@ -508,6 +509,31 @@ def test_the_stage_distils_measures_and_leaves_a_folder_that_loads(tmp_path):
     assert gaps[0] < gaps[1]
     summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
     assert summary["stages"]["delta"]["metrics"]["fine_kl"] == record["metrics"]["fine_kl"]
+
+
+def test_a_delta_speaks_with_the_template_of_its_fine_tuned_model(tmp_path, monkeypatch):
+    """Conversations are rendered with it, which the base could not, and it is in the stage's folder and in the file alone."""
+    theirs = load(base()).tokenizer.chat_template.replace("message['role'] + '|>'", "message['role'] + '|> '")
+    for name, place, template in (("fine", tuned_base(), theirs), ("base", base(), None)):
+        shutil.copytree(place, tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        tokenizer.chat_template, tokenizer.eos_token = template, "<|end_of_turn|>" if name == "fine" else "<|end_of_text|>"
+        (tmp_path / name / "chat_template.jinja").unlink()
+        tokenizer.save_pretrained(tmp_path / name)
+    for note, changes in {"distilled": {"data": DATA, "steps": 2}, "as it begins": {"measure": DATA}}.items():
+        recipe = stage(tmp_path, model=str(tmp_path / "fine"), base=str(tmp_path / "base"), **changes)
+        folder = run(recipe, tmp_path / note).model("delta")
+        assert load(folder).tokenizer.chat_template == theirs
+        delta_file.write_alone(folder, load_tokenizer(ModelSource(path=str(folder))), tmp_path / note / "alone")
+        below = load(tmp_path / "base").tokenizer
+        for place in (folder, tmp_path / note / "alone"):
+            tokenizer = delta_file.tokenizer_with(place, below)
+            assert (tokenizer.chat_template, tokenizer.eos_token) == (theirs, "<|end_of_turn|>")
+        assert (below.chat_template, below.eos_token) == (None, "<|end_of_text|>"), "the base's own is not touched"
+    kept = tmp_path / "kept.jinja"
+    kept.write_text(theirs.replace("'|> '", "'|>'"))
+    named = stage(tmp_path, model=str(tmp_path / "fine"), base={"path": str(tmp_path / "base"), "chat_template": str(kept)}, measure=DATA)
+    assert load(run(named, tmp_path / "named").model("delta")).tokenizer.chat_template == kept.read_text(), "one that is named is taken"
 
 
 def test_the_stage_without_data_keeps_the_scales_that_it_begins_with(tmp_path):

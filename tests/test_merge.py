@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import IDS, adapter, base, logits
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import transformer
 from tiny_runs import base as run_base
@@ -255,6 +255,7 @@ def test_one_adapter_of_several_has_their_rank_and_loads_in_peft(start: Path, tw
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({}, "merged by weight: give one for each"),
     ({"weights": [1]}, "weights 1: give one for each of the 2 adapters"),
+    ({"weights": [1, float("nan")]}, "nan: is no finite number"),
     ({"weights": [1, 1], "method": "ties"}, "give density"),
     ({"weights": [1, 1], "density": 0.5}, "linear keeps all"),
     ({"weights": [1, 1], "method": "ties", "density": 0.0}, "above 0, and at most 1"),
@@ -289,9 +290,24 @@ def test_adapters_that_do_not_add_up_are_refused(start: Path, two: list[Path], t
         posttrain.merge([two[0], start], **both)
     with pytest.raises(InputError, match="there is nothing to merge; `posttrain export` writes models"):
         posttrain.merge(start, tmp_path / "out")
+    with pytest.raises(InputError, match="nothing: no such folder"):
+        posttrain.merge("nothing", tmp_path / "out")
     with pytest.raises(InputError, match="are of several adapters"):
         posttrain.merge(two[0], tmp_path / "out", method="ties", density=0.5)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_peft_began_in_the_weights_is_merged_alone_and_never_mixed(start: Path, two: list[Path], tmp_path: Path, init: Any) -> None:
+    """Its B A is no difference from the base: that of such an adapter which has learned nothing is not 0."""
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], init_lora_weights=init, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(start), config).save_pretrained(tmp_path / "begun")
+    with pytest.raises(ModelError, match=rf"begins in the weights of the model below \({init}\)"):
+        posttrain.merge([two[0], tmp_path / "begun"], tmp_path / "out", weights=[1, 1], base=start)
+    posttrain.merge(tmp_path / "begun", tmp_path / "out", base=start)
+    torch.testing.assert_close(logits(load(tmp_path / "out").lm.model), logits(load(start).lm.model), rtol=0, atol=1e-4)
 
 
 def test_a_reward_models_adapter_is_not_mixed(start: Path, two: list[Path], tmp_path: Path) -> None:
@@ -414,10 +430,13 @@ def test_a_peft_folder_says_the_same_in_peft(start: Path, kind: str, tmp_path: P
 def test_what_peft_cannot_read_is_refused(start: Path, two: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is no adapter folder, so there is nothing for peft"):
         posttrain.export(start, tmp_path / "out", "peft")
-    with pytest.raises(ModelError, match="peft has no such tuner as bitfit"):
+    with pytest.raises(ModelError, match=r"peft has no tuner bitfit, .* or format folder"):
         posttrain.export(adapter(start, tmp_path / "a", kind="bitfit", add=True), tmp_path / "out", "peft")
     with pytest.raises(ModelError, match="stands on another adapter, which peft would leave out; merge that one first"):
         posttrain.export(adapter(two[0], tmp_path / "b", rank=2), tmp_path / "out", "peft")
+    within = adapter(start, tmp_path / "c", kind="p_tuning", tokens=3, at=[0, 1])
+    with pytest.raises(ModelError, match=r"no tuner p_tuning, or none with these settings; use the folder as it is$"):
+        posttrain.export(within, tmp_path / "out", "peft")
     with pytest.raises(InputError, match="written as it was learned"):
         posttrain.export(two[0], tmp_path / "out", "peft", dtype="float16")
     with pytest.raises(InputError, match="take one of folder, peft, bitdelta, gguf"):
@@ -438,7 +457,10 @@ def test_a_delta_is_one_file_or_folded_in(start: Path, tmp_path: Path) -> None:
     wanted = logits(load(folder).lm.model)
     told = posttrain.export(folder, tmp_path / "out.bitdelta", "bitdelta")
     assert told.difference == 0
-    assert (tmp_path / "out.bitdelta").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+    (one, alone), (other, within) = delta_file.read(tmp_path / "out.bitdelta"), delta_file.read(folder)
+    assert one == other | {"chat_template": load(start).tokenizer.chat_template, "eos_token": load(start).tokenizer.eos_token}
+    assert alone.keys() == within.keys()
+    assert all(torch.equal(alone[name], within[name]) for name in alone)
     lm = load(start).lm
     delta_file.add_file(lm.model, tmp_path / "out.bitdelta", "out", ModelSource(path=str(start)))
     delta.switch(lm.model, "out")
@@ -463,6 +485,14 @@ def test_a_classifiers_adapter_is_refused(start: Path, tmp_path: Path) -> None:
     save_file(state, folder / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="is a classifier"):
         posttrain.merge(folder, tmp_path / "out")
+
+
+def test_a_model_that_gives_a_number_is_no_reward_model(start: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, problem_type="regression")
+    model.save_pretrained(tmp_path / "number")
+    AutoTokenizer.from_pretrained(start).save_pretrained(tmp_path / "number")
+    with pytest.raises(ModelError, match="is a classifier, and only language and reward models are merged and exported"):
+        posttrain.export(tmp_path / "number", tmp_path / "out")
 
 
 # ---- in a recipe

@@ -117,6 +117,8 @@ def test_sparsegpt_leaves_out_exactly_the_share_whatever_its_blocks(columns, sha
 def test_sparsegpt_leaves_n_of_m():
     found = sparsegpt(normal(6, 40), moments(40, 0.5), pattern=(2, 4), block=10)
     assert ((found != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    wide = sparsegpt(normal(3, 40), moments(40, 0.5), pattern=(5, 20), block=16)
+    assert ((wide != 0).unflatten(1, (-1, 20)).sum(-1) == 5).all(), "groups longer than a block"
 
 
 def test_the_last_choice_is_the_optimal_brain_surgeons():
@@ -215,6 +217,7 @@ def test_targets_choose_layers_and_a_pattern_without_any_is_refused():
     model = make("llama").model
     (first, second) = blocks_of(model, ["*.mlp.*"])
     assert {path.rpartition(".")[2] for path in first.layers} == {"gate_proj", "up_proj", "down_proj"}
+    assert [*blocks_of(model, ["q_proj", "*.mlp.up_proj"])[0].layers] == [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.up_proj")]
     with pytest.raises(RecipeError, match=r"no linear layer .* matches '\*\.mpl\.\*'"):
         blocks_of(model, ["*.mpl.*"])
     with pytest.raises(RecipeError, match=r"the 32 inputs of .* cannot be divided into groups of 3; take a divisor of 16"):

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -546,6 +547,7 @@ def test_a_tuner_that_does_not_fit_says_so_and_what_to_do():
     assert "nothing to move" in refusal("layers", {"last": 1, "train": ["*embed_tokens*"]})
     assert "no layer that is known as its attention out" in refusal("adapter", {}, transformer("mamba"))
     assert "queries, keys and values" in refusal("ia3", {}, transformer("gpt_neox"))
+    assert "32 is more than the 16 directions of model.layers.0.self_attn.k_proj" in refusal("lora", {"rank": 32, "init": "pissa"})
     assert "no linear layer is called 'q_prj'; did you mean 'q_proj'" in refusal("lora", {"targets": ["q_prj"]})
 
 
@@ -553,7 +555,8 @@ def test_a_tuner_that_does_not_fit_says_so_and_what_to_do():
     ("kind", "settings", "message"),
     [
         ("layers", {}, "moves every layer"), ("prompt", {"tokens": 0}, "greater than 0"), ("lora", {"rank": 0}, "greater than 0"),
-        ("lora", {"alpha": 0}, "greater than 0"), ("lora", {"dora": True, "init": "pissa"}, "take one"),
+        ("lora", {"alpha": 0}, "greater than 0"), ("lora", {"b_rate": math.inf}, "finite"), ("lora", {"targets": []}, "at least 1"),
+        ("lora", {"alpha": math.nan}, "finite"), ("lora", {"dora": True, "init": "pissa"}, "take one"),
         ("prompt", {"text": "be kind", "init": "random"}, "remove one of them"), ("prompt", {"text": " "}, "is empty"),
         ("prefix", {"text": "be kind"}, "set projection: null"), ("p_tuning", {"at": [3, 1]}, "ascending order"),
         ("p_tuning", {"at": [0, 1], "tokens": 1}, "only 1 tokens"),
@@ -640,6 +643,22 @@ def test_what_peft_alone_computes_is_refused_and_no_weight_of_the_model_is_overw
         with pytest.raises(ModelError, match=message):
             load_adapter(lm.model, tmp_path / name, ModelSource(path=str(bases["qwen3"])))
         assert torch.equal(lm.model.lm_head.weight, before)
+
+
+def test_what_peft_does_not_understand_is_said_with_the_file(bases, tmp_path):
+    config = of_peft("lora", "llama")
+    get_peft_model(transformer("llama"), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    good = json.loads(file.read_text())
+    for bad, message in (
+        (good | {"peft_type": "NOPE"}, "peft does not understand its adapter_config.json: KeyError: 'NOPE'"),
+        (good | {"r": "x"}, "peft cannot put this adapter into the model"),
+        ([1, 2], r"adapter_config.json: holds list \[1, 2\], and no object of settings"),
+        ("{", "adapter_config.json: not valid JSON"),
+    ):
+        file.write_text(bad if bad == "{" else json.dumps(bad))
+        with pytest.raises(ModelError, match=message):
+            load_adapter(make("llama").model, tmp_path, ModelSource(path=str(bases["llama"])))
 
 
 def test_biases_are_added_where_the_architecture_finds_them_again(tmp_path):

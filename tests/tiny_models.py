@@ -15,16 +15,21 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OPTConfig,
     PhiConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from posttrain.models.actor_critic import ActorCritic, ValueHead
@@ -59,6 +64,25 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2, **TOKENS
     ),
 }  # fmt: skip
+OTHERS: dict[str, Callable[[], Any]] = {  # other in kind, and not in the grids over architectures
+    "mixtral": lambda: MixtralConfig(**GROUPED, num_local_experts=4),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        **{**TOKENS, "pad_token_id": 0},
+    ),
+    "gemma3_sees": lambda: Gemma3Config(
+        text_config=CONFIGS["gemma3"]().to_dict() | {"final_logit_softcapping": None}, image_token_index=96, boi_token_index=95, eoi_token_index=94,
+        mm_tokens_per_image=4,
+        vision_config={  # deeper and of another width than the text's
+            "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28,
+            "patch_size": 14,
+        },
+    ),
+}  # fmt: skip
 TREE = [name for name in CONFIGS if name != "mamba"]
 
 
@@ -66,9 +90,9 @@ def transformer(
     name: str, dtype: str = "float32", seed: int = 0, auto: Any = AutoModelForCausalLM, **changes: Any
 ) -> PreTrainedModel:
     """The transformers model with random weights of deviation 0.2. `changes` are settings of its config."""
-    config = CONFIGS[name]()
+    config = (CONFIGS | OTHERS)[name]()
     for key, value in changes.items():
-        setattr(config, key, value)
+        setattr(config.get_text_config(), key, value)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = auto.from_config(config, attn_implementation="sdpa" if name != "mamba" else None).double()

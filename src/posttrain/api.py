@@ -88,7 +88,9 @@ def merge(
     if (method, density, adapter, rank) != ("linear", None, False, None):
         raise InputError("method, density, adapter and rank are of several adapters; one is folded in as it is: remove them")
     if sources[0].below() is None:
-        raise InputError(f"{names[0]}: is no adapter folder, so there is nothing to merge; `posttrain export` writes models")
+        there = sources[0].folder() is not None
+        why = "is no adapter folder, so there is nothing to merge; `posttrain export` writes models"
+        raise InputError(f"{names[0]}: {why if there else 'no such folder, and an adapter is merged from its folder'}")
 
     from posttrain.compress.export import merge as merge_one
 

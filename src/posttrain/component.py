@@ -21,7 +21,10 @@ from pydantic_core import CoreSchema
 class Settings(BaseModel):
     """A section of a recipe: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)  # most are never used
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False,
+        defer_build=True,  # most are never used
+    )  # fmt: skip
 
     @classmethod
     def meaning(cls, name: str) -> str:

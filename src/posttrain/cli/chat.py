@@ -28,11 +28,13 @@ def chat(
     With deltas, /delta NAME answers as that fine-tuned model from here on, /delta base as the model itself.
     Example: posttrain chat runs/quickstart/grpo-*/model --temperature 0
     """
+    from posttrain.errors import TemplateError
     from posttrain.pipeline.libraries import heavy_imports
 
     with heavy_imports():
         from posttrain.data.render import Template
         from posttrain.models.delta import switch
+        from posttrain.models.delta_file import tokenizer_with
         from posttrain.models.source import ModelSource
         from posttrain.sampling import InProcess, Sampling
         from posttrain.sampling.engine import Request
@@ -40,8 +42,10 @@ def chat(
         from posttrain.tuners.load import load
 
     loaded = load(model)
-    template = Template(loaded.tokenizer)
     names = add_deltas(loaded.lm.model, delta, ModelSource(path=model)) if delta else []
+    tokenizers = {BASE: loaded.tokenizer}
+    tokenizers |= {name: tokenizer_with(file, loaded.tokenizer) for name, file in zip(names, delta or (), strict=True)}
+    template = Template(tokenizers[names[0] if names else BASE])
     start = [Message("system", system)] if system else []
     messages, turn = list(start), 0
     print("type a message; /new begins anew, /quit ends")
@@ -62,17 +66,27 @@ def chat(
             continue
         if names and said.split()[0] == "/delta":
             chosen = said.removeprefix("/delta").strip()
-            if chosen in (*names, BASE):
-                switch(loaded.lm.model, None if chosen == BASE else chosen)
-                print(f"now {chosen}; the conversation goes on")
-            else:
+            if chosen not in tokenizers:
                 print(f"there is {', '.join(names)} and {BASE}: /delta {names[0]}")
+                continue
+            try:
+                template = Template(tokenizers[chosen])
+            except TemplateError as error:
+                print(f"{chosen}: {error}")
+                continue
+            switch(loaded.lm.model, None if chosen == BASE else chosen)
+            print(f"now {chosen}; the conversation goes on")
+            continue
+        prompt = template.prompt([*messages, Message("user", said)])
+        room = max_tokens if loaded.lm.context is None else min(max_tokens, loaded.lm.context - len(prompt))
+        if room < 1:
+            print(f"that would be {len(prompt)} tokens, and the model reads {loaded.lm.context}; say less, or begin with /new")
             continue
         messages.append(Message("user", said))
         turn += 1
-        plan = Sampling(max_tokens=max_tokens, temperature=temperature)
+        plan = Sampling(max_tokens=room, temperature=temperature)
         engine = InProcess(rows=1).open(loaded.lm, plan, sorted(template.stop_ids), seed)
-        engine.add(Request(tuple(template.prompt(messages)), ("chat", turn)))
+        engine.add(Request(tuple(prompt), ("chat", turn)))
         messages.append(Message("assistant", _stream(engine, template)))
 
 

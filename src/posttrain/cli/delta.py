@@ -1,6 +1,5 @@
 """posttrain delta"""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +27,9 @@ def delta(
     from posttrain import yaml
     from posttrain.cli.console import listener
     from posttrain.errors import InputError
+    from posttrain.models.source import ModelSource
     from posttrain.paths import free_place
+    from posttrain.pipeline.libraries import heavy_imports
     from posttrain.pipeline.recipe import Recipe
     from posttrain.pipeline.run import run
 
@@ -40,7 +41,10 @@ def delta(
     recipe = Recipe.of(document, [f"stages.delta.{setting}" for setting in settings or []], name)
     result = run(recipe, runs, listener())
     folder = result.model("delta")
-    shutil.copyfile(folder / "adapter_model.safetensors", out)
+    with heavy_imports():
+        from posttrain.models.delta_file import write_alone
+        from posttrain.tuners.load import load_tokenizer
+    write_alone(folder, load_tokenizer(ModelSource(path=str(folder))), out)
     print("\n".join(said_of(result.stages["delta"])))
     print(f"\nwrote {out}; the same as a model folder: {folder}")
 

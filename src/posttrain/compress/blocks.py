@@ -24,22 +24,26 @@ class Block:
 
 
 def blocks_of(model: PreTrainedModel, targets: Sequence[str] = ("*",)) -> list[Block]:
-    """From the first block to the last, those that have a linear layer whose path matches one of the patterns.
+    """From the first block to the last, those that have a linear layer whose path or last name matches one of the patterns.
 
     Raises RecipeError where a pattern matches none.
     """
     inside = {path: layer for path, layer in linears(model).items() if BLOCK.search(path)}
     for pattern in targets:
-        if not any(fnmatchcase(path, pattern) for path in inside):
+        if not any(_matches(path, pattern) for path in inside):
             names = sorted({path.rpartition(".")[2] for path in inside})
             hint = did_you_mean(pattern, names)
             raise RecipeError(f"targets: no linear layer of a block of {type(model).__name__} matches {pattern!r}{hint}")
     found: dict[str, dict[str, nn.Module]] = {}
     for path, layer in inside.items():
         match = BLOCK.search(path)
-        if match is not None and any(fnmatchcase(path, pattern) for pattern in targets):
+        if match is not None and any(_matches(path, pattern) for pattern in targets):
             found.setdefault(path[: match.end(1)], {})[path] = layer
     return [Block(path, model.get_submodule(path), layers) for path, layers in found.items()]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatchcase(path, pattern) or fnmatchcase(path.rpartition(".")[2], pattern)
 
 
 def refuse_odd_inputs(blocks: Sequence[Block], size: int, setting: str, instead: str = "") -> None:

@@ -35,7 +35,7 @@ from posttrain.models.reward import save_reward_model
 from posttrain.models.scalar import ScalarLM
 from posttrain.models.source import PEFT, ModelSource
 from posttrain.paths import free_place
-from posttrain.tuners.below import folder_of, kind_of, refuse_codes, refuse_unfoldable
+from posttrain.tuners.below import folder_of, kind_of, refuse_codes, refuse_unfoldable, tuner_of
 from posttrain.tuners.folder import WEIGHTS, save_adapter
 from posttrain.tuners.load import load
 from posttrain.tuners.merge import Codes, as_trained, is_scalar, merged
@@ -180,7 +180,8 @@ def _peft(source: ModelSource, out: Path) -> Written:
         )
     folder = folder_of(source)
     if not (folder / PEFT).is_file():
-        raise ModelError(f"{source.path}: peft has no such tuner as {kind_of(source)}; use the folder as it is, or format folder")
+        instead = "use the folder as it is" + (", or format folder" if tuner_of(source).merges else "")
+        raise ModelError(f"{source.path}: peft has no tuner {kind_of(source)}, or none with these settings; {instead}")
     if below.below() is not None:
         raise ModelError(
             f"{source.path}: stands on another adapter, which peft would leave out; merge that one first: {below.path}"
@@ -228,14 +229,10 @@ def _bitdelta(source: ModelSource, out: Path) -> Written:
             f"{source.path}: is a reward model's, whose score a .bitdelta file has no place for; use the folder as it is"
         )
     want, again = said(trained.lm), load(below)
-    if trained.tokenizer.chat_template != again.tokenizer.chat_template:
-        raise ModelError(
-            f"{source.path}: has another chat template than {below.path}, and a .bitdelta file leaves it to that; use the "
-            "folder as it is"
-        )
     with staged(out, file=True) as stage:
         file = stage / out.name
-        shutil.copyfile(folder_of(source) / WEIGHTS, file)
+        delta_file.write_alone(folder_of(source), trained.tokenizer, file)
+        again = Loaded(again.lm, delta_file.tokenizer_with(file, again.tokenizer))
         delta_file.add_file(again.lm.model, file, "exported", below)
         delta.switch(again.lm.model, "exported")
         got = said(again.lm)

@@ -73,7 +73,7 @@ def sparsegpt(
     rows, columns = weight.shape
     step = block if pattern is None else pattern[1]
     if pattern is not None:
-        block -= block % step  # a block ends with a group
+        block = max(block - block % step, step)  # a block ends with a group
         lowest_of_groups(weight[:1], pattern)
     factor = inverse_factor(hessian, damp).to(wide(weight).dtype)
     dropped = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)

@@ -165,8 +165,8 @@ class Rendered:
             )
 
     def summary(self) -> list[str]:
-        sizes = f"{len(self.sequences):,} sequences, {self.tokens:,} tokens, {self.trained:,} of them trained"
-        shape = f"{sizes}, longest {self.longest:,}"
+        learned = f", {self.trained:,} of them trained" if self.trained else ""  # a class is learned from no token
+        shape = f"{len(self.sequences):,} sequences, {self.tokens:,} tokens{learned}, longest {self.longest:,}"
         return [f"{self.usable:,} of {self.count:,} rows are usable: {shape}", *Drops(self.dropped).lines(self.count)]
 
 

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import ModelError
 from posttrain.models.delta import Delta, LowRank, add
@@ -48,6 +50,26 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if about.get("format") != FORMAT:
         raise ModelError(f"{named(file)}: is of format {about.get('format')}, made with a newer posttrain; update this one")
     return about, tensors
+
+
+def write_alone(folder: Path, tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Writes the delta of an adapter folder as a file of its own, with what its tokenizer has beside the base's tokens."""
+    about, tensors = read(folder)
+    about |= {"chat_template": tokenizer.chat_template, "eos_token": tokenizer.eos_token}
+    save_file(tensors, file, metadata={KEY: json.dumps(about)})
+
+
+def tokenizer_with(path: Path, below: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The base's tokenizer as it is used with a delta: with the chat template and the end of text of the fine-tuned model."""
+    if (path / "tokenizer_config.json").is_file():
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
+        return found
+    about, tokenizer = read(path)[0], deepcopy(below)
+    if about.get("chat_template") is not None:
+        tokenizer.chat_template = about["chat_template"]
+    if about.get("eos_token") is not None:
+        tokenizer.eos_token = about["eos_token"]
+    return tokenizer
 
 
 def add_file(model: PreTrainedModel, path: Path, name: str, base: ModelSource) -> None:

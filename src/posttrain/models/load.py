@@ -63,12 +63,16 @@ def load(source: ModelSource | str | Path) -> Loaded:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model alone. Raises ModelError where transformers cannot load it."""
+    """The tokenizer of a model alone, with the chat template that its source names. Raises ModelError where transformers cannot
+    load it."""
     source = resolved(source)
     try:
-        return AutoTokenizer.from_pretrained(**hub_options(source))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**hub_options(source))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source.path}: transformers cannot load this tokenizer: {str(error).splitlines()[0]}") from None
+    if source.chat_template is not None:
+        tokenizer.chat_template = resolve(source.chat_template).read_text(encoding="utf-8")
+    return tokenizer
 
 
 def refuse_other_tokenizer(role: str, source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -168,9 +172,7 @@ def from_pretrained(
             **place, config=config, dtype=DTYPES[source.dtype], use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=resized, **coded,
         )  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-    if source.chat_template is not None:
-        tokenizer.chat_template = resolve(source.chat_template).read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(source)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise ModelError(
@@ -307,7 +309,8 @@ def _relative(one: Tensor, other: Tensor) -> float:
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes an ordinary transformers folder: safetensors, config, tokenizer and chat template."""
     transformers_logging.disable_progress_bar()
-    before, model.config.use_cache = model.config.use_cache, True  # off while training; not for those who use the model
+    before = getattr(model.config, "use_cache", True)
+    model.config.use_cache = True  # off while training; not for those who use the model
     try:
         model.save_pretrained(folder, safe_serialization=True)
     except SafetensorError as error:  # a full disk, as the library says it

@@ -148,6 +148,16 @@ class _Read(ConversionOps):
         return {}
 
 
+def unmark(model: PreTrainedModel) -> None:
+    """Lets a model whose quantised layers are plain ones again be saved as what it is now."""
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    conversions = getattr(model, "_weight_conversions", None) or []  # of reading, which transformers turns round to write
+    model._weight_conversions = [
+        each for each in conversions if not any(isinstance(one, _Read) for one in getattr(each, "operations", ()))
+    ]
+
+
 def mark(model: PreTrainedModel) -> None:
     """Lets a model with quantised layers be saved as what it is."""
     layers = quantized(model)

@@ -233,6 +233,17 @@ def is_adapter(folder: Path) -> bool:
     return not models and any((folder / name).is_file() for name in (ADAPTER, PEFT))
 
 
+def _object(file: Path) -> dict[str, Any]:
+    """What a JSON file says. Raises ModelError where it is none, or no object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{named(file)}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{named(file)}: holds {type(found).__name__} {str(found)[:40]}, and no object of settings")
+    return found
+
+
 def about_adapter(folder: Path) -> dict[str, Any]:
     """What a folder says of its adapter: `base`, `revision`, and what posttrain adds. ModelError where it is not whole."""
     if not any(folder.glob("*.safetensors")):
@@ -240,11 +251,9 @@ def about_adapter(folder: Path) -> dict[str, Any]:
         if pickled:
             raise ModelError(f"{named(folder)}: has only {pickled[0]}; pickled weights are never loaded; convert it")
         raise ModelError(f"{named(folder)}: an adapter folder without weights: there is no .safetensors file in it")
-    name = ADAPTER if (folder / ADAPTER).is_file() else PEFT
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{named(folder / name)}: not valid JSON: {error}") from None
+    said = {name: _object(folder / name) for name in (ADAPTER, PEFT) if (folder / name).is_file()}
+    name = ADAPTER if ADAPTER in said else PEFT
+    found = said[name]
     if name == PEFT:
         return {"base": found.get("base_model_name_or_path"), "revision": found.get("revision"), "peft": found}
     kind = found.get("tuner", {}).get("kind", "") if isinstance(found.get("tuner"), dict) else ""

@@ -83,10 +83,11 @@ class MakeDelta(Stage, kind="delta"):
 
     def run(self, context: Context) -> Metrics:
         with heavy_imports():
-            from posttrain.pipeline.deltas import measured, stored
+            from posttrain.pipeline.deltas import keep_tokenizer, measured, speaks_as, stored
             from posttrain.training.session import Session, train
 
         asked = context.resolved(self)
+        asked = asked.model_copy(update={"base": speaks_as(asked.model, asked.base, context.folder / "chat_template.jinja")})
         training, record = asked._distillation(), dict[str, Any]()
         if training is None:
             stored(asked._tuner(asked.model), asked.base, context.folder / "model")
@@ -97,6 +98,7 @@ class MakeDelta(Stage, kind="delta"):
             record = train(training, session)
             if "interrupted" in record:
                 raise Interrupted(record["interrupted"])
+        keep_tokenizer(asked.model, asked.base, context.folder / "model")
         return record | measured(
             asked._tuner(asked.model), asked.base, context.folder / "model", asked.measure or asked.data, training is not None,
             context.say,

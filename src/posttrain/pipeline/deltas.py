@@ -15,7 +15,7 @@ from posttrain.models.source import ModelSource
 from posttrain.tuners import DeltaScale
 from posttrain.tuners.delta_scale import NAME
 from posttrain.tuners.folder import save_adapter
-from posttrain.tuners.load import load
+from posttrain.tuners.load import load, load_tokenizer
 
 STORED = "stored"  # the delta as the stage leaves it, beside that which it began with
 
@@ -27,7 +27,23 @@ def stored(tuner: DeltaScale, base: ModelSource, folder: Path) -> None:
     refuse_other_tokenizer("model", tuner.of, loaded.tokenizer)
     tuner.install(loaded.lm.model)
     save_adapter(tuner, loaded.lm.model, folder, base)
-    loaded.tokenizer.save_pretrained(folder)
+
+
+def speaks_as(fine: ModelSource, base: ModelSource, beside: Path) -> ModelSource:
+    """The base with the fine-tuned model's chat template, kept in a file `beside`; as it is where it names one itself."""
+    template = load_tokenizer(fine).chat_template
+    if base.chat_template is not None or not isinstance(template, str):
+        return base
+    beside.write_text(template, encoding="utf-8")
+    return base.model_copy(update={"chat_template": str(beside.resolve())})
+
+
+def keep_tokenizer(fine: ModelSource, base: ModelSource, folder: Path) -> None:
+    """Writes the tokenizer that a delta is used with: the fine-tuned model's, whose tokens are the base's, and its template."""
+    tokenizer = load_tokenizer(fine)
+    if base.chat_template is not None:
+        tokenizer.chat_template = load_tokenizer(base).chat_template
+    tokenizer.save_pretrained(folder)
 
 
 def measured(

@@ -27,7 +27,8 @@ class Smaller(Stage):
     model: ModelSource
     """What is made smaller."""
     targets: list[str] = Field(default=["*"], min_length=1)
-    """Which linear layers of the blocks, by patterns of their paths, such as `*.mlp.*`; never embeddings, norms and heads."""
+    """Which linear layers of the blocks, by patterns of their paths, such as `*.mlp.*`, or of their last names (`q_proj`); never
+    embeddings, norms and heads."""
     data: Data | None = None
     """Calibration rows, on which it is seen what layers are given; 128 of 2,048 tokens are usual."""
     measure: Data | None = None
@@ -69,9 +70,12 @@ class Smaller(Stage):
             from posttrain.batch import Sequences
             from posttrain.compress.distance import distance
             from posttrain.compress.readback import staged
+            from posttrain.models.linears import left_out
             from posttrain.tuners.load import load
 
         loaded = load(self.model)
+        for line in left_out(loaded.lm.model):
+            say(line)
         sections = {name: data for name, data in (("data", self.data), ("measure", self.measure)) if data is not None}
         read = {name: data.read() for name, data in sections.items()}
         template = Template(loaded.tokenizer, any(each.needs_chat for each in read.values()))

@@ -15,6 +15,7 @@ from posttrain.data.dataset import Data, Loaded, Rendered
 from posttrain.data.render import Template
 from posttrain.evaluation import evaluate
 from posttrain.evaluation.audit import holes_of
+from posttrain.models.linears import left_out
 from posttrain.models.lm import LM
 from posttrain.models.load import save
 from posttrain.models.products import bfloat16_is_slow
@@ -70,6 +71,8 @@ def train(settings: TrainSettings, session: Session) -> dict[str, Any]:
     dtype = settings.model.dtype
     if dtype in {"mixed", "bfloat16"} and loaded.lm.device.type == "cpu" and bfloat16_is_slow():
         session.say(f"this CPU has no instructions for bfloat16: model.dtype: float32 is many times faster than {dtype}")
+    for line in left_out(loaded.lm.model) if settings.model.is_quantized() else ():
+        session.say(f"quantised: {line}")
     learners = {"policy": Learner.of(tuned(loaded.lm.model), settings.optim, settings.tuner)}
     policy: Any = loaded.lm
     if settings.critic is not None:

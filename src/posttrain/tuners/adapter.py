@@ -66,7 +66,8 @@ class Adapter(Tuner, kind="adapter"):
             return places(model, ("feed_forward_out",), self.kind)["feed_forward_out"]
         found = places(model, ("feed_forward_in", "feed_forward_out"), self.kind)
         hosts = [path.rpartition(".")[0] for path in found["feed_forward_out"]]
-        if not all(any(path.startswith(f"{host}.") for path in found["feed_forward_in"]) for host in hosts):
+        apart = not any(host.rpartition(".")[2].isdigit() for host in hosts)  # and not the block itself (OPT)
+        if not apart or not all(any(path.startswith(f"{host}.") for path in found["feed_forward_in"]) for host in hosts):
             raise RecipeError(
                 f"tuner.variant: parallel stands beside the whole feed-forward layer, which {type(model).__name__} has no module "
                 "for; take pfeiffer or houlsby"

@@ -40,10 +40,11 @@ def refuse_codes(source: ModelSource) -> None:
     lowest = source.foundation()
     if source.below() is None:
         raise ModelError(f"{source.path}: is quantised; --dequantize writes the weights that its codes stand for")
+    other = "; --base MODEL into weights that are not quantised, which gives another (the difference is printed)"
     raise ModelError(
         f"{source.path}: the adapter was learned on {lowest.path} quantised to {lowest.quantize or 'codes'}, which cannot take a "
-        "difference up; --dequantize folds it into the weights that the codes stand for, which gives the model that was trained; "
-        "--base MODEL into weights that are not quantised, which gives another (the difference is printed)"
+        "difference up; --dequantize folds it into the weights that the codes stand for, which gives the model that was trained"
+        + (other if lowest.quantize else "")
     )
 
 

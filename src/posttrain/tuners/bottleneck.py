@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from posttrain.models.heads import head_parameters
+from posttrain.models.senses import of_text
 
 NAME = "adapter"  # of the submodule that an adapted layer has
 
@@ -49,11 +50,11 @@ def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
 
 def norm_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Scales and shifts of all normalisations, by name; those of a head are trained with it."""
-    head = head_parameters(model)
+    head, reads = head_parameters(model), of_text(model)
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
         if "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False)
-        if f"{path}.{name}" not in head
+        if f"{path}.{name}" not in head and reads(path)
     }

@@ -134,7 +134,10 @@ def inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], name:
 
     from posttrain.tuners.low_rank import take_for
 
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"peft does not understand its {PEFT}: {type(error).__name__}: {error}") from None
     config.inference_mode, config.task_type = False, task_of(model)
     if isinstance(config, LoraConfig):
         take_for(config)
@@ -159,7 +162,7 @@ def inject(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], name:
                 if name in key.split("."):  # in the precision that it was learned in, whatever the model's
                     parameter.data = parameter.data.to(in_dtype_of(model))
             found = set_peft_model_state_dict(model, {key.removeprefix(PREFIX): each for key, each in state.items()}, name)
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"peft cannot put this adapter into the model: {str(error).splitlines()[0]}") from None
     missing = [key for key in found.missing_keys if name in key.split(".")]
     if missing:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import RecipeError
 from posttrain.tuners.injected import Injected, layers_of, task_of
-from posttrain.tuners.places import linears, places
+from posttrain.tuners.places import all_linears, linears, places
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -56,7 +56,7 @@ def _rows(vector: Any) -> Any:
 
 def _suffixes(paths: list[str], model: "PreTrainedModel") -> list[str]:
     """The shortest names that peft finds these layers by, and no others."""
-    everything, found = list(linears(model)), set()
+    everything, found = list(all_linears(model)), set()
     for path in paths:
         parts = path.split(".")
         for length in range(1, len(parts) + 1):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Full(Tuner, kind="full"):
-    """Every parameter moves."""
+    """Every parameter moves, but those of a multimodal model's towers, which text does not reach."""
 
     stores = False
     keep_zeros: bool = False
@@ -30,7 +30,11 @@ class Full(Tuner, kind="full"):
         return True
 
     def install(self, model: "PreTrainedModel") -> None:
-        model.requires_grad_(True)
+        from posttrain.models.senses import of_text
+
+        reads = of_text(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(reads(name))
         if self.keep_zeros:
             hold_zeros(model)
 
@@ -55,8 +59,9 @@ class InPlace(Tuner):
 
 
 def own_parameters(model: "PreTrainedModel") -> "dict[str, nn.Parameter]":
-    """A model's parameters without those of adapters that stand frozen below a tuner."""
+    """The parameters that text can move, without those of adapters that stand frozen below a tuner."""
     from posttrain.models import delta, soft
+    from posttrain.models.senses import of_text
     from posttrain.tuners.bottleneck import bottlenecks
 
     added = [each for part in (*soft.all_of(model), *bottlenecks(model).values()) for each in part.parameters()]
@@ -64,8 +69,8 @@ def own_parameters(model: "PreTrainedModel") -> "dict[str, nn.Parameter]":
     added += [] if below is None else below.scales.values()
     for layer in layers_of(model).values():
         added += [each for name, each in layer.named_parameters() if not name.startswith("base_layer.")]
-    foreign = {id(each) for each in added}
-    return {name: each for name, each in model.named_parameters() if id(each) not in foreign}
+    foreign, reads = {id(each) for each in added}, of_text(model)
+    return {name: each for name, each in model.named_parameters() if id(each) not in foreign and reads(name)}
 
 
 class Layers(InPlace, kind="layers"):

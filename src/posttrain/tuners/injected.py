@@ -36,6 +36,7 @@ class Injected(Tuner):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself (GPT-2's Conv1D)
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern")  # nested layers of experts
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # those that stand frozen below
                 inject_adapter_in_model(config, model, ADAPTER)
         except ValueError as error:
@@ -83,15 +84,16 @@ def activate(model: "PreTrainedModel", without: str | None = None) -> None:
 
 
 def fold(model: "PreTrainedModel") -> None:
-    """Folds all of a model's layers of peft's into the weights of those that they stand for; rounded once, from float32."""
-    from peft.tuners.lora import LoraLayer
+    """Folds all of a model's layers of peft's into the weights of those that they stand for; rounded once, from float32, but for
+    a mixture's experts, whose updates peft rounds before it adds them."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
 
     from posttrain.models.quantized import quantized
 
     if quantized(model):
         raise ModelError("the weights below this adapter are quantised: codes of a few bits cannot take a difference up")
     for layer in layers_of(model).values():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):
             _fold_lora(layer)
         else:
             layer.merge()

@@ -93,6 +93,13 @@ def load_weights(source: ModelSource, like: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, without the model. Raises ModelError as `load`."""
+    source = plain.resolved(source)
+    below = source.below()
+    return plain.load_tokenizer(source) if below is None else tokenizer_of(source, load_tokenizer(below))
+
+
 def _unquantised(source: ModelSource) -> ModelSource:
     return source.model_copy(update={"quantize": None, "double": False})
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from posttrain.models.backbone import Backbone
     from posttrain.models.source import ModelSource
 
-OTHER_SENSES = ("vision", "visual", "audio")  # parts of a multimodal model that text does not train
 BEGINNINGS: dict[str, Any] = {
     "kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "olora": "olora", "pissa": "pissa",
     "eva": True,  # until `begin`
 }  # fmt: skip
+
+OF_WEIGHTS = frozenset({"pissa", "olora", "orthogonal"})  # these ask for a layer's weights as they begin
 
 
 class LoRA(Injected, kind="lora"):
@@ -42,7 +43,7 @@ class LoRA(Injected, kind="lora"):
     """r, the rank of the update."""
     alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)."""
-    targets: Literal["all-linear"] | list[str] = Field(default="all-linear")
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(default="all-linear")
     """Names of linear layers (the last part, such as q_proj), or all of them but the vocabulary head."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank): arXiv 2312.03732."""
@@ -65,7 +66,7 @@ class LoRA(Injected, kind="lora"):
         return self
 
     def check(self, model: "ModelSource") -> None:
-        if model.dtype == "bfloat16" and self.init in {"pissa", "olora", "orthogonal"}:
+        if model.dtype == "bfloat16" and self.init in OF_WEIGHTS:
             raise RecipeError(
                 f"tuner.init: {self.init} begins with a change of the weights and takes it out again, for which bfloat16 has too "
                 "few digits; set model.dtype: mixed, or init: kaiming"
@@ -89,12 +90,11 @@ class LoRA(Injected, kind="lora"):
         from peft import LoraConfig
 
         from posttrain.models.heads import head_parts
+        from posttrain.models.senses import beyond_text
         from posttrain.tuners.low_rank import take_for
 
         self._check_targets(model)
-        names = {name for path in linears(model) for name in path.split(".")}
-        elsewhere = [rf".*{name}.*" for name in sorted(names) if any(one in name for one in OTHER_SENSES)]
-        elsewhere += [rf"{re.escape(path)}(\..*)?" for path in head_parts(model)]
+        elsewhere = [rf"{re.escape(path)}(\..*)?" for path in (*beyond_text(model), *head_parts(model))]
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, use_rslora=self.rslora, use_dora=self.dora,
             init_lora_weights=BEGINNINGS[self.init], task_type=task_of(model),
@@ -104,11 +104,28 @@ class LoRA(Injected, kind="lora"):
         return config
 
     def install(self, model: "PreTrainedModel") -> None:
+        from posttrain.models.linears import stacked
+
         if self.dora:
             refuse_dora(model)
+        if self.init in OF_WEIGHTS and self.targets == "all-linear" and stacked(model):
+            raise RecipeError(
+                f"tuner.init: {self.init} begins with the weights of a layer, and a mixture's experts are in none; "
+                "take init: kaiming, or name the layers of attention in `targets`"
+            )
         super().install(model)
         if self.changes_weights:
+            self._refuse_narrow(model)
             model.lora_before = {name: each.clone() for name, each in super().state(model).items()}
+
+    def _refuse_narrow(self, model: "PreTrainedModel") -> None:
+        """Raises RecipeError where a layer has fewer directions than it should begin with."""
+        for path, layer in self._own_layers(model).items():
+            if self.rank > (most := min(layer.in_features, layer.out_features)):
+                raise RecipeError(
+                    f"tuner.rank: {self.rank} is more than the {most} directions of {path}, with which init: {self.init} begins; "
+                    f"take a rank of at most {most}, or init: kaiming"
+                )
 
     def observe(self, lm: "Backbone", rows: "Sequences") -> "dict[str, Tensor]":
         """{layer: A as it begins, [its rank, inputs]}"""
@@ -155,7 +172,7 @@ class LoRA(Injected, kind="lora"):
                 raise RecipeError(
                     f"tuner.targets: {tied} shares its weights with the embeddings, so merging would change both; leave it out"
                 )
-        inside = {path for path in linears(model) if not any(one in path for one in OTHER_SENSES)} - above
+        inside = linears(model).keys() - above
         names, heads = ({path.rpartition(".")[2] for path in paths} for paths in (inside, above))
         for target in self.targets:
             if target in heads - names:

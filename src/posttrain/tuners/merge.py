@@ -65,6 +65,7 @@ def dequantize(model: "PreTrainedModel") -> None:
     from torch import nn
 
     from posttrain.models.quantized import quantized, replace
+    from posttrain.models.quantizer import unmark
 
     found = quantized(model)
     for path, codes in found.items():
@@ -73,8 +74,7 @@ def dequantize(model: "PreTrainedModel") -> None:
         layer.bias = codes.bias
         replace(model, path, layer)
     if found:
-        model.hf_quantizer = None
-        del model.config.quantization_config
+        unmark(model)
 
 
 def as_built(model: "PreTrainedModel") -> None:
@@ -110,6 +110,10 @@ def is_scalar(source: ModelSource) -> bool:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         scores = any("Classification" in each for each in config.get("architectures") or [])
         classifies = scores and len(config.get("id2label") or "12") > 1  # transformers leaves two labels out
+        classifies = classifies or (scores and config.get("problem_type") == "regression")
     if classifies:
-        raise ModelError(f"{source.path}: is a classifier, and only language and reward models are merged; use it as it is")
+        raise ModelError(
+            f"{source.path}: is a classifier, and only language and reward models are merged and exported; use its folder as it "
+            "is (peft loads an adapter's)"
+        )
     return scores or (below is not None and is_scalar(below))

@@ -1,6 +1,7 @@
 """Several LoRAs of one model merged as one: by weight, TIES or DARE."""
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ class Mix:
         if len(self.weights) != len(self.sources):
             given = ", ".join(f"{each:g}" for each in self.weights)
             raise InputError(f"weights {given}: give one for each of the {len(self.sources)} adapters, in their order")
+        if odd := [each for each in self.weights if not math.isfinite(each)]:
+            raise InputError(f"weights: {odd[0]}: is no finite number")
         if self.method != "linear" and self.density is None:
             raise InputError(f"method {self.method} keeps a share of each update: give density, such as 0.5")
         if self.method == "linear" and self.density is not None:
@@ -132,13 +135,14 @@ class Mix:
     def fold(self, model: "PreTrainedModel") -> None:
         """Folds them into the weights of the loaded model, rounded once: of a quantised one, those that its codes stand for."""
         import torch
+        from peft.tuners.lora import ParamWrapper
 
         from posttrain.tuners.injected import layers_of, remove
         from posttrain.tuners.merge import as_built, dequantize
 
         dequantize(model)
         for path, layer in layers_of(model).items():
-            weight = layer.get_base_layer().weight
+            weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
             with torch.no_grad():
                 weight.copy_(weight + self.update(path, layer))
         remove(model)
@@ -150,9 +154,12 @@ class Mix:
         rank: by default the sum of theirs, which for linear cuts nothing off.
         """
         import torch
+        from peft.tuners.lora import ParamWrapper
 
         from posttrain.tuners.injected import ADAPTER, layers_of, remove
 
+        if any(isinstance(layer, ParamWrapper) for layer in layers_of(model).values()):
+            raise ModelError("these change the experts of a mixture, and can be merged into weights alone: ask for no adapter")
         whole = self.method == "linear" and rank is None
         rank = rank or max(sum(layer.r.values()) for layer in layers_of(model).values())
         factors, kept, total = {}, 0.0, 0.0
@@ -197,9 +204,15 @@ def _refuse_no_sum(source: ModelSource) -> None:
         raise ModelError(f"{source.path}: is the adapter of a model that scores, and scores are no sum of others; merge it alone")
     if kind_of(source) != "lora":
         raise ModelError(f"{source.path}: is of tuner {kind_of(source)}, and only what lora learns adds up; merge it alone")
-    config = folder_of(source) / PEFT
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("use_dora"):
+    file = folder_of(source) / PEFT
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if config.get("use_dora"):
         raise ModelError(f"{source.path}: is a DoRA, whose lengths of rows are no sum of others; merge it alone")
+    if (begun := str(config.get("init_lora_weights")).lower()).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ModelError(
+            f"{source.path}: begins in the weights of the model below ({begun}), so that its B A is no difference from them; "
+            "merge it alone, or have peft write the difference (path_initial_model_for_weight_conversion)"
+        )
 
 
 def together(deltas: "list[Tensor]", weights: list[float], method: Method, density: float | None, seed: int = 0) -> "Tensor":

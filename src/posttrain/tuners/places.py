@@ -43,8 +43,17 @@ def part_of(path: str) -> Part | None:
     return "feed_forward_out" if parents and parents[-1] in {"mlp", "output", "ffn"} else None
 
 
-def linears(model: "nn.Module") -> "dict[str, nn.Module]":
-    """The model's linear layers by path, GPT-2's transposed ones among them; where peft's stand in their place, those."""
+def linears(model: "PreTrainedModel") -> "dict[str, nn.Module]":
+    """The linear layers through which text goes by path, GPT-2's transposed ones among them; where peft's stand in their place,
+    those."""
+    from posttrain.models.senses import of_text
+
+    reads = of_text(model)
+    return {path: layer for path, layer in all_linears(model).items() if reads(path)}
+
+
+def all_linears(model: "nn.Module") -> "dict[str, nn.Module]":
+    """With those of a multimodal model's towers."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -58,8 +67,14 @@ def linears(model: "nn.Module") -> "dict[str, nn.Module]":
 
 
 def places(model: "PreTrainedModel", parts: Iterable[Part], tuner: str) -> dict[str, list[str]]:
-    """{part: the paths of its layers, one or more a block}. Raises RecipeError where the architecture has no such part."""
+    """{part: the paths of its layers, one or more a block}. Raises RecipeError where the architecture has no such part, and for
+    the feed-forward layer of a mixture, which is many."""
     found: dict[str, list[str]] = {part: [] for part in parts}
+    if any(part.startswith("feed_forward") for part in found) and any("expert" in path for path, _ in model.named_modules()):
+        raise RecipeError(
+            f"tuner {tuner}: {type(model).__name__} is a mixture of experts, and no one layer of it is the feed-forward "
+            "layer of a block; take another tuner, such as lora"
+        )
     for path in linears(model):
         part = part_of(path)
         if part in found:
