@@ -135,13 +135,21 @@ def test_chat_answers_and_streams_what_it_would_have_sampled(posttrain, model, m
 
 
 def test_chat_says_where_a_conversation_is_longer_than_the_context_and_goes_on(posttrain, model, monkeypatch):
-    said = iter(["1 + 2 " * 200, "1 + 2", "/quit"])
+    from posttrain import sampling
+    from posttrain.data.render import Template
+    from posttrain.text import Message
+    from posttrain.tuners.load import load
+
+    said, asked, real = iter(["1 + 2 " * 200, "1 + 2", "/quit"]), [], sampling.Sampling
     monkeypatch.setattr("builtins.input", lambda _: next(said))
-    status, out, err = posttrain("chat", model, "--temperature", 0, "--max-tokens", 100_000)
+    monkeypatch.setattr(sampling, "Sampling", lambda **settings: asked.append(settings["max_tokens"]) or real(**settings))
+    status, out, err = posttrain("chat", model, "--temperature", 0, "--max-tokens", 300)
     assert (status, err) == (0, "")
     lines = [line for line in out.splitlines()[1:] if line]
     assert re.fullmatch(r"that would be [\d,]+ tokens, and the model reads \d+; say less, or begin with /new", lines[0])
-    assert len(lines) > 1, "an answer follows, of no more tokens than are left"
+    loaded = load(model)
+    assert asked == [loaded.lm.context - len(Template(loaded.tokenizer).prompt([Message("user", "1 + 2")]))], "what is left"
+    assert len(lines) > 1, "and an answer follows"
 
 
 def test_a_delta_is_made_and_chat_switches_between_it_and_the_base(posttrain, place, model, monkeypatch):

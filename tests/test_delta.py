@@ -520,7 +520,9 @@ def test_a_delta_speaks_with_the_template_of_its_fine_tuned_model(tmp_path, monk
         tokenizer.chat_template, tokenizer.eos_token = template, "<|end_of_turn|>" if name == "fine" else "<|end_of_text|>"
         (tmp_path / name / "chat_template.jinja").unlink()
         tokenizer.save_pretrained(tmp_path / name)
-    for note, changes in {"distilled": {"data": DATA, "steps": 2}, "as it begins": {"measure": DATA}}.items():
+    chat = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2."}]
+    talk = inline({"messages": chat}, {"messages": chat})
+    for note, changes in {"distilled": {"data": talk, "steps": 2}, "as it begins": {"measure": talk}}.items():
         recipe = stage(tmp_path, model=str(tmp_path / "fine"), base=str(tmp_path / "base"), **changes)
         folder = run(recipe, tmp_path / note).model("delta")
         assert load(folder).tokenizer.chat_template == theirs
