@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_encoders
 import torch
 from adapters import IDS, adapter, base, logits
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -493,6 +494,15 @@ def test_a_model_that_gives_a_number_is_no_reward_model(start: Path, tmp_path: P
     AutoTokenizer.from_pretrained(start).save_pretrained(tmp_path / "number")
     with pytest.raises(ModelError, match="is a classifier, and only language and reward models are merged and exported"):
         posttrain.export(tmp_path / "number", tmp_path / "out")
+    with pytest.raises(ModelError, match="number: scores or classifies, and does not write; name a language model"):
+        load(tmp_path / "number")
+
+
+def test_an_encoder_that_classifies_is_no_language_model_with_weights_missing(tmp_path: Path) -> None:
+    tiny_encoders.transformer("bert").save_pretrained(tmp_path / "bert")
+    tiny_encoders.tokenizer("bert").save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match="bert: scores or classifies, and does not write"):
+        load(tmp_path / "bert")
 
 
 # ---- in a recipe
@@ -515,6 +525,13 @@ def test_a_recipe_merges_the_adapters_of_its_stages(tmp_path: Path) -> None:
     for name, each in weights_of(result.model("both")).items():
         torch.testing.assert_close(each, wanted[name], rtol=0, atol=1e-6)
     assert result.stages["both"]["written"]["difference"] < 5e-5
+
+
+def test_a_stage_without_an_adapter_gives_nothing_to_merge(tmp_path: Path) -> None:
+    trained = {**settings("sft", "full", steps=2), "model": str(run_base()), "objective": "sft", "tuner": "full"}
+    given = {"a": trained, "one": {"kind": "merge", "adapters": [{"model": {"stage": "a"}}]}}
+    with pytest.raises(ModelError, match=r"is a whole model and no adapter \(of tuner full\?\), so there is nothing to merge"):
+        run(Recipe.parse(json.dumps({"stages": given})), tmp_path)
 
 
 def test_a_merge_stage_is_refused_before_anything_runs() -> None:

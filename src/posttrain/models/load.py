@@ -55,8 +55,9 @@ def load(source: ModelSource | str | Path) -> Loaded:
     """Loads a causal LM. Raises ModelError for what transformers cannot load, or what posttrain cannot train rightly."""
     source = resolved(source)
     model, tokenizer, report = from_pretrained(AutoModelForCausalLM, source)
-    if "score.weight" in report["unexpected_keys"]:
-        raise ModelError(f"{source.path}: is a reward model: it scores and does not write; name a language model")
+    judges = any("Classification" in each for each in model.config.architectures or [])
+    if judges or "score.weight" in report["unexpected_keys"]:
+        raise ModelError(f"{source.path}: scores or classifies, and does not write; name a language model")
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{source.path}: the weights lack {missing[0]} ({len(missing)} missing in all); the file is not whole")
     return Loaded(wrap(model, source), tokenizer)

@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from posttrain.component import Settings
-from posttrain.errors import InputError
+from posttrain.errors import InputError, ModelError
 from posttrain.models.source import ModelSource
 from posttrain.pipeline.libraries import heavy_imports
 from posttrain.pipeline.stage import Context, Metrics, Stage
@@ -69,6 +69,8 @@ class Merge(Stage, kind="merge"):
         out = context.folder / "model"
         shutil.rmtree(out, ignore_errors=True)  # of a run that ended just after it was written
         alone = len(sources) == 1 and self.adapters[0].weight is None
+        if alone and sources[0].below() is None:
+            raise ModelError(f"{sources[0].path}: is a whole model and no adapter (of tuner full?), so there is nothing to merge")
         codes = codes_of(sources[0], self.dequantize)
         mix = self._mix(sources, context.seed)
         written = merge(sources[0], out, codes=codes) if alone else merge_several(mix, out, codes=codes)
